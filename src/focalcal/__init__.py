@@ -1,0 +1,1 @@
+"""Calibrating deep neural networks with the focal loss and its successors."""

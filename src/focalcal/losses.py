@@ -1,0 +1,243 @@
+"""Training losses of the focal-loss calibration papers.
+
+Every loss maps ``logits`` (N, K) and integer ``labels`` (N,) to a per-sample loss (N,), unreduced and
+differentiable; the training loop decides between sum and mean, because that choice moves calibration.
+Sources: [M] Mukhoti et al., NeurIPS 2020; [G] Ghosh et al. (AdaFocal), NeurIPS 2022; [T] Tao et al. (dual
+focal), ICML 2023; [W] Wang et al. (inverse focal), NeurIPS 2021; [K] Kumar et al. (MMCE), ICML 2018.
+p is the predicted probability of the true class throughout.
+
+A new loss is one function here and one line in ``LOSSES``; params.yaml then names it.
+"""
+
+import inspect
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _log_p(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of the true class, (N,)."""
+    return -F.cross_entropy(logits, labels, reduction="none")
+
+
+def _power(base: Tensor, gamma) -> Tensor:
+    """base**gamma for base >= 0 with a finite gradient at base = 0 also where gamma < 1."""
+    return base.clamp_min(1e-20) ** gamma
+
+
+def _not_negative(name: str, value) -> None:
+    if not isinstance(value, Tensor) and not value >= 0:
+        raise ValueError(f"{name} must be 0 or larger, got {value}.")
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p, per sample (N,)."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def label_smoothing(logits: Tensor, labels: Tensor, alpha: float = 0.05) -> Tensor:
+    """Cross-entropy to a target of 1 - alpha on the true class and alpha / (K - 1) on every other [M, sec. 5].
+
+    alpha: smoothing factor in [0, 1). (PyTorch's label_smoothing spreads alpha over all K classes instead.)
+    """
+    if not 0 <= alpha < 1:
+        raise ValueError(f"label_smoothing: alpha must lie in [0, 1), got {alpha}.")
+    log_probs = F.log_softmax(logits, dim=1)
+    true = log_probs.gather(1, labels[:, None])[:, 0]
+    others = log_probs.sum(dim=1) - true
+    return -(1 - alpha) * true - alpha / (logits.shape[1] - 1) * others
+
+
+def brier(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over classes of (probability - one-hot)^2, in [0, 2] (Brier 1950; the papers train on its mean)."""
+    probs = F.softmax(logits, dim=1)
+    return (probs - F.one_hot(labels, logits.shape[1]).to(probs.dtype)).square().sum(dim=1)
+
+
+def focal(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
+    """-(1 - p)^gamma log p [M, sec. 3]. gamma: focusing parameter >= 0 (a number, or one value per sample)."""
+    _not_negative("focal: gamma", gamma)
+    log_p = _log_p(logits, labels)
+    return -_power(-torch.expm1(log_p), gamma) * log_p
+
+
+def flsd(logits: Tensor, labels: Tensor, gamma_low=5.0, gamma_high=3.0, threshold=0.2) -> Tensor:
+    """Sample-dependent focal loss, FLSD-53 by default [M, sec. 4].
+
+    gamma_low where p < threshold, else gamma_high; gamma itself is not differentiated.
+    """
+    _not_negative("flsd: gamma_low", gamma_low)
+    _not_negative("flsd: gamma_high", gamma_high)
+    p = _log_p(logits, labels).detach().exp()
+    return focal(logits, labels, torch.where(p < threshold, gamma_low, gamma_high))
+
+
+def dual_focal(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
+    """-(1 - p + p_j)^gamma log p [T, eq. 6].
+
+    p_j is the largest probability strictly below p (0 where there is none; ties with p do not count), and
+    the gradient flows through it.
+    """
+    _not_negative("dual_focal: gamma", gamma)
+    probs = F.softmax(logits, dim=1)
+    p = probs.gather(1, labels[:, None])
+    runner_up = torch.where(probs < p, probs, 0.0).amax(dim=1)
+    return -_power(1 - p[:, 0] + runner_up, gamma) * _log_p(logits, labels)
+
+
+def inverse_focal(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
+    """-(1 + p)^gamma log p [W, sec. 5]: weighs easy samples up instead of down."""
+    _not_negative("inverse_focal: gamma", gamma)
+    log_p = _log_p(logits, labels)
+    return -((1 + log_p.exp()) ** gamma) * log_p
+
+
+def mmce_weighted(logits: Tensor, labels: Tensor) -> Tensor:
+    """MMCE_w of one batch, a scalar >= 0: the kernel calibration error [K, eq. 6], Laplacian kernel of width 0.4.
+
+    As in the code published with [M], each mean over pairs is divided by the number of pairs once more
+    (so the value is about 1/m^2 of the definition in [K]); 0 where the batch is all correct or all wrong.
+    """
+    confidence, predicted = F.softmax(logits, dim=1).max(dim=1)
+    correct = (predicted == labels).to(confidence.dtype)
+    kernel = torch.exp(-(confidence[:, None] - confidence[None, :]).abs() / 0.4)
+    right, wrong = correct * (1 - confidence), (1 - correct) * confidence
+    m, n = correct.sum(), (1 - correct).sum()
+
+    def published_mean(a: Tensor, b: Tensor, pairs: Tensor) -> Tensor:
+        return (a @ kernel @ b) / pairs.clamp_min(1) / (pairs + 1e-5)
+
+    squared = (
+        published_mean(right, right, m * m)
+        + published_mean(wrong, wrong, n * n)
+        - 2 * published_mean(right, wrong, m * n)
+    )
+    both = (m > 0) & (n > 0)
+    return torch.where(both, squared.clamp_min(0) + 1e-10, 1.0).sqrt() * both
+
+
+def mmce(logits: Tensor, labels: Tensor, weight: float = 2.0) -> Tensor:
+    """Cross-entropy plus weight x MMCE_w of the batch, added to every sample [M, sec. 5; K]."""
+    _not_negative("mmce: weight", weight)
+    return cross_entropy(logits, labels) + weight * mmce_weighted(logits, labels)
+
+
+class ScheduledFocal(nn.Module):
+    """FLSc-531: focal loss with gamma 5, then 3, then 1 [M, app. on gamma schedules].
+
+    switches: fractions of the whole training after which the next gamma holds; the paper's are 99 and 249 of
+    350 epochs. ``start_epoch`` is called by the training loop.
+    """
+
+    def __init__(self, gammas=(5.0, 3.0, 1.0), switches=(99 / 350, 249 / 350)):
+        super().__init__()
+        if len(gammas) != len(switches) + 1 or list(switches) != sorted(switches):
+            raise ValueError("flsc531: one gamma more than switches is needed, and switches must rise.")
+        for gamma in gammas:
+            _not_negative("flsc531: gamma", gamma)
+        self.gammas, self.switches = tuple(gammas), tuple(switches)
+        self.register_buffer("gamma", torch.tensor(float(gammas[0])))
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        """epoch counts from 1 to epochs."""
+        stage = sum(epoch - 1 >= round(switch * epochs) for switch in self.switches)
+        self.gamma.fill_(self.gammas[stage])
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return focal(logits, labels, self.gamma)
+
+    def log(self) -> dict:
+        return {"gamma": self.gamma.item()}
+
+
+class AdaFocal(nn.Module):
+    """AdaFocal [G, alg. 1]: one gamma per confidence bin, moved after every epoch by validation calibration.
+
+    A training sample's bin is chosen by p (its true-class probability; bins are [lo, hi) as in the published
+    code). With E_b = mean confidence - accuracy of validation bin b, ``update`` sets
+    gamma_b <- gamma_b exp(rate E_b) where gamma_b > 0, else gamma_b exp(-rate E_b); a |gamma_b| below
+    ``switch`` jumps to the other sign at -/+ switch; the result is clipped to [gamma_min, gamma_max].
+    The loss is -(1 - p)^gamma log p for gamma > 0 and the inverse focal -(1 + p)^|gamma| log p for gamma < 0.
+    """
+
+    def __init__(self, bins=15, rate=1.0, gamma=1.0, gamma_max=20.0, gamma_min=-2.0, switch=0.2):
+        super().__init__()
+        if not gamma_min < 0 < switch <= gamma_max or not gamma_min <= gamma <= gamma_max or bins < 1:
+            raise ValueError("adafocal: needs gamma_min < 0 < switch <= gamma_max, gamma between them, bins >= 1.")
+        self.rate, self.gamma_max, self.gamma_min, self.switch = rate, gamma_max, gamma_min, switch
+        self.register_buffer("gamma", torch.full((bins,), float(gamma)))
+        self.register_buffer("edges", torch.linspace(0, 1, bins + 1))
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        log_p = _log_p(logits, labels)
+        bin_of = torch.bucketize(log_p.detach().exp(), self.edges[1:-1], right=True)
+        gamma = self.gamma[bin_of]
+        base = torch.where(gamma > 0, -torch.expm1(log_p), 1 + log_p.exp())
+        return -_power(base, gamma.abs()) * log_p
+
+    @torch.no_grad()
+    def update(self, confidence: Tensor, correct: Tensor) -> None:
+        """One step from the validation set: confidence (N,) in [0, 1] and correct (N,) in {0, 1}.
+
+        Bins hold equal numbers of samples; an empty bin (many equal confidences) keeps its gamma, though a
+        magnitude below ``switch`` still changes sign.
+        """
+        bins, n = len(self.gamma), len(confidence)
+        if n < 1:
+            raise ValueError("AdaFocal.update needs at least one validation sample.")
+        ordered = confidence.cpu().double().sort().values
+        where = torch.linspace(0, n, bins + 1, dtype=torch.float64).clamp_max(n - 1)
+        low = where.floor().long()
+        step = ordered[(low + 1).clamp_max(n - 1)] - ordered[low]
+        edges = (ordered[low] + (where - low) * step).to(self.edges)
+        bin_of = torch.bucketize(confidence.to(edges), edges[1:-1])
+        zeros = torch.zeros_like(self.gamma)
+        count = zeros.scatter_add(0, bin_of, torch.ones_like(confidence).to(zeros))
+        gap = zeros.scatter_add(0, bin_of, (confidence - correct).to(zeros)) / count.clamp_min(1)
+        new = self.gamma * torch.exp(self.rate * gap * torch.where(self.gamma > 0, 1.0, -1.0))
+        flipped = torch.where(new > 0, -self.switch, self.switch)
+        new = torch.where(new.abs() < self.switch, flipped, new)
+        self.gamma.copy_(new.clamp(self.gamma_min, self.gamma_max))
+        self.edges.copy_(edges)
+
+    def log(self) -> dict:
+        """gamma and upper edge of every bin, for history.csv."""
+        rows = {f"gamma_bin{i:02d}": g for i, g in enumerate(self.gamma.tolist())}
+        return rows | {f"edge_bin{i:02d}": e for i, e in enumerate(self.edges[1:].tolist())}
+
+
+LOSSES = {
+    "cross_entropy": cross_entropy,
+    "label_smoothing": label_smoothing,
+    "brier": brier,
+    "mmce": mmce,
+    "focal1": partial(focal, gamma=1.0),
+    "focal2": partial(focal, gamma=2.0),
+    "focal3": partial(focal, gamma=3.0),
+    "flsd53": flsd,
+    "flsc531": ScheduledFocal,
+    "adafocal": AdaFocal,
+    "dual_focal": partial(dual_focal, gamma=5.0),
+    "inverse_focal": partial(inverse_focal, gamma=2.0),
+}
+
+
+def make(name: str, **settings):
+    """The loss called ``name`` with some settings changed: a callable (logits, labels) -> (N,).
+
+    Raises ValueError for an unknown name or setting; a bad value is refused by the loss itself.
+    """
+    if name not in LOSSES:
+        raise ValueError(f"Unknown loss '{name}'; choose one of: {', '.join(LOSSES)}.")
+    allowed = [p for p in inspect.signature(LOSSES[name]).parameters if p not in ("logits", "labels")]
+    for setting, value in settings.items():
+        if setting not in allowed:
+            raise ValueError(f"Loss '{name}' has no setting '{setting}'; it has: {', '.join(allowed) or 'none'}.")
+        if not isinstance(value, (int, float, list, tuple)) or isinstance(value, bool):
+            raise ValueError(f"Setting '{setting}' of loss '{name}' must be a number, got {value!r}.")
+    loss = LOSSES[name](**settings) if isinstance(LOSSES[name], type) else partial(LOSSES[name], **settings)
+    if not isinstance(loss, nn.Module):
+        loss(torch.zeros(2, 2), torch.zeros(2, dtype=torch.long))  # a bad value shows now, not hours later
+    return loss

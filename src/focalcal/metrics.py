@@ -1,0 +1,154 @@
+"""Calibration metrics on logits, in NumPy. All values are fractions (0.05, not 5 %).
+
+Conventions, shared by every function and equal to the code published with Mukhoti et al. (NeurIPS 2020):
+``logits`` (N, K) are unnormalised log-probabilities, ``labels`` (N,) integers in [0, K). Bins are (lo, hi];
+confidence 0 falls into the first bin, 1 into the last. Confidences and bin edges are compared in float32.
+"""
+
+import numpy as np
+
+BINS = 15  # as in all the papers
+
+
+def check(logits, labels) -> tuple[np.ndarray, np.ndarray]:
+    """The pair as float64 (N, K) and int64 (N,) arrays; ValueError with one clear sentence if they do not fit."""
+    logits, labels = np.asarray(logits), np.asarray(labels)
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(f"logits must have shape (samples, classes) with 2 classes or more, got {logits.shape}.")
+    if labels.shape != (len(logits),):
+        raise ValueError(f"labels must have shape ({len(logits)},) to go with these logits, got {labels.shape}.")
+    if len(logits) == 0:
+        raise ValueError("logits and labels are empty; at least one sample is needed.")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"labels must be integers, got {labels.dtype}.")
+    if not np.isfinite(logits).all():
+        raise ValueError(f"logits hold {np.count_nonzero(~np.isfinite(logits))} values that are NaN or infinite.")
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise ValueError(f"labels must lie in 0..{logits.shape[1] - 1}, got {labels.min()}..{labels.max()}.")
+    return logits.astype(np.float64), labels.astype(np.int64)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities (N, K), stable for any finite logits."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def confidence_correct(logits, labels) -> tuple[np.ndarray, np.ndarray]:
+    """What every top-label metric needs: confidence (N,) float32 in [1/K, 1] and correct (N,) bool."""
+    logits, labels = check(logits, labels)
+    confidence = np.exp(log_softmax(logits).max(axis=1)).astype(np.float32)
+    return confidence, logits.argmax(axis=1) == labels
+
+
+def equal_width_edges(bins: int = BINS) -> np.ndarray:
+    """bins + 1 edges from 0 to 1, float32."""
+    return np.linspace(0, 1, bins + 1).astype(np.float32)
+
+
+def equal_mass_edges(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
+    """bins + 1 edges with (nearly) the same number of samples between them, float32 (published AdaECE edges)."""
+    n = len(confidence)
+    return np.interp(np.linspace(0, n, bins + 1), np.arange(n), np.sort(confidence)).astype(np.float32)
+
+
+def bin_sums(confidence, correct, edges) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per bin: number of samples, sum of confidences, number correct; each (bins,) float64.
+
+    The one binning of this package. Values at or below the first edge go to the first bin, values above the
+    last edge to the last. (The published adaptive ECE drops its least confident sample; here it counts.)
+    """
+    bins = len(edges) - 1
+    index = np.searchsorted(edges[1:-1], np.asarray(confidence, np.float32), side="left")
+    confidence, correct = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
+    sums = [np.bincount(index, weights, bins) for weights in (np.ones(len(index)), confidence, correct)]
+    return sums[0], sums[1], sums[2]
+
+
+def calibration_error(confidence, correct, edges) -> float:
+    """Sum over bins of |confidence - correct| residuals, divided by N."""
+    count, confidence_sum, correct_sum = bin_sums(confidence, correct, edges)
+    return float(np.abs(confidence_sum - correct_sum).sum() / count.sum())
+
+
+def nll(logits, labels) -> float:
+    """Mean negative log-likelihood, in nats."""
+    logits, labels = check(logits, labels)
+    return float(-log_softmax(logits)[np.arange(len(labels)), labels].mean())
+
+
+def error(logits, labels) -> float:
+    """Share of samples whose largest logit (the first, on ties) is not the label's."""
+    logits, labels = check(logits, labels)
+    return float((logits.argmax(axis=1) != labels).mean())
+
+
+def brier(logits, labels) -> float:
+    """Mean over samples of the sum over classes of (probability - one-hot)^2, in [0, 2] (Brier 1950)."""
+    logits, labels = check(logits, labels)
+    residual = np.exp(log_softmax(logits))
+    residual[np.arange(len(labels)), labels] -= 1
+    return float((residual**2).sum(axis=1).mean())
+
+
+def ece(logits, labels, bins: int = BINS) -> float:
+    """Expected calibration error, equal-width bins (Naeini et al. 2015; Guo et al. 2017)."""
+    return calibration_error(*confidence_correct(logits, labels), equal_width_edges(bins))
+
+
+def adaptive_ece(logits, labels, bins: int = BINS) -> float:
+    """Adaptive ECE: equal-mass bins (Nguyen and O'Connor 2015), edges as in the published code."""
+    confidence, correct = confidence_correct(logits, labels)
+    return calibration_error(confidence, correct, equal_mass_edges(confidence, bins))
+
+
+def mce(logits, labels, bins: int = BINS) -> float:
+    """Maximum calibration error: the largest |mean confidence - accuracy| of a bin (Naeini et al. 2015)."""
+    count, confidence, correct = bin_sums(*confidence_correct(logits, labels), equal_width_edges(bins))
+    return float((np.abs(confidence - correct) / np.maximum(count, 1)).max())
+
+
+def classwise_ece(logits, labels, bins: int = BINS) -> float:
+    """Mean over classes 0..max(label) of the ECE of that class's probability (Kull et al. 2019)."""
+    logits, labels = check(logits, labels)
+    classes = labels.max() + 1
+    probs = np.exp(log_softmax(logits))[:, :classes].astype(np.float32)
+    index = np.searchsorted(equal_width_edges(bins)[1:-1], probs.ravel(), side="left").reshape(probs.shape)
+    residual = probs.astype(np.float64)
+    residual[np.arange(len(labels)), labels] -= 1
+    index += bins * np.arange(classes)
+    return float(np.abs(np.bincount(index.ravel(), residual.ravel())).sum() / len(labels) / classes)
+
+
+METRICS = {  # the order of the results table
+    "error": error,
+    "nll": nll,
+    "ece": ece,
+    "adaece": adaptive_ece,
+    "classwise_ece": classwise_ece,
+    "mce": mce,
+    "brier": brier,
+}
+
+
+def summary(logits, labels) -> dict[str, float]:
+    """What history.csv keeps of a split: the NLL, its parts from correctly and wrongly classified samples
+    (each divided by all N, so that they add up), the mean softmax entropy in nats of either group (0 where a
+    group is empty), error, ECE and adaptive ECE."""
+    logits, labels = check(logits, labels)
+    log_probs = log_softmax(logits)
+    probs = np.exp(log_probs)
+    confidence = probs.max(axis=1).astype(np.float32)
+    correct = logits.argmax(axis=1) == labels
+    loss = -log_probs[np.arange(len(labels)), labels]
+    entropy = -(probs * log_probs).sum(axis=1)
+    return {
+        "nll": loss.mean(),
+        "nll_correct": loss[correct].sum() / len(loss),
+        "nll_incorrect": loss[~correct].sum() / len(loss),
+        "entropy_correct": entropy[correct].sum() / max(correct.sum(), 1),
+        "entropy_incorrect": entropy[~correct].sum() / max((~correct).sum(), 1),
+        "error": 1 - correct.mean(),
+        "ece": calibration_error(confidence, correct, equal_width_edges()),
+        "adaece": calibration_error(confidence, correct, equal_mass_edges(confidence)),
+    }

@@ -1,0 +1,117 @@
+"""Run a notebook as a pipeline stage, or strip notebooks to what a stage depends on.
+
+    python -m focalcal.notebook NOTEBOOK OUT [-p NAME VALUE]...   execute through Papermill
+    python -m focalcal.notebook --strip FOLDER OUT_FOLDER         sources only, no outputs, no editor's traces
+
+Executing refuses unknown parameters, works on a scratch file, checks that the last cell ran, and moves the
+result into place without times, durations, paths and random ids: two runs give equal bytes. A cell tagged
+``progress`` shows its standard error live but does not keep it.
+"""
+
+import argparse
+import copy
+import os
+import shutil
+import sys
+from pathlib import Path
+
+sys.modules.setdefault("rfc3987_syntax", None)  # a grammar that takes seconds to build and that nothing here uses
+
+import nbformat  # noqa: E402
+
+from focalcal import paths  # noqa: E402
+
+KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+
+
+def normalise(notebook, keep_outputs: bool):
+    """A copy with fixed cell ids, only the tags as cell metadata and no trace of when, where and by whom."""
+    notebook = copy.deepcopy(notebook)
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    notebook.metadata = nbformat.from_dict({"kernelspec": KERNELSPEC, "language_info": {"name": "python"}})
+    for number, cell in enumerate(notebook.cells):
+        tags = cell.metadata.get("tags", [])
+        cell.id = f"cell-{number}"
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        cell.pop("attachments", None) if cell.cell_type == "code" else None
+        if cell.cell_type != "code":
+            continue
+        if not keep_outputs:
+            cell.outputs, cell.execution_count = [], None
+        if "progress" in tags:
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+    return notebook
+
+
+def strip(folder: Path, out: Path) -> None:
+    """Write the stripped copy of every notebook of ``folder`` into ``out``."""
+    for source in sorted(Path(folder).glob("*.ipynb")):
+        with paths.atomic(Path(out) / source.name) as part:
+            nbformat.write(normalise(nbformat.read(source, 4), keep_outputs=False), part)
+
+
+def execute(notebook: Path, out: Path, parameters: dict) -> None:
+    """Run ``notebook`` with ``parameters`` and put the result at ``out``.
+
+    Raises ValueError for parameters that the notebook's parameters cell does not define, and RuntimeError, in
+    one sentence, if a cell fails or the last one did not run; ``out`` is then left as it was and the failed
+    notebook is kept under artifacts/failed.
+    """
+    import papermill
+
+    if not Path(notebook).is_file():
+        raise FileNotFoundError(f"No notebook {notebook}.")
+    known = papermill.inspect_notebook(str(notebook))
+    unknown = [name for name in parameters if name not in known]
+    if unknown:
+        raise ValueError(f"{notebook} has no parameter '{unknown[0]}'; it has: {', '.join(known) or 'none'}.")
+    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's kernel, whatever the user installed
+    with paths.atomic(out) as part:
+        scratch = part.with_suffix(".ipynb")
+        try:
+            papermill.execute_notebook(
+                str(notebook),
+                str(scratch),
+                parameters,
+                kernel_name=KERNELSPEC["name"],
+                cwd=str(paths.root()),
+                progress_bar=False,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+            )
+            executed = nbformat.read(scratch, 4)
+            code = [cell for cell in executed.cells if cell.cell_type == "code" and cell.source.strip()]
+            if not code or code[-1].execution_count is None:
+                raise RuntimeError(f"{notebook} stopped before its last cell.")
+            nbformat.write(normalise(executed, keep_outputs=True), part)
+        except papermill.exceptions.PapermillExecutionError as failure:
+            kept = paths.root() / "artifacts" / "failed" / Path(out).name
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(scratch, kept)
+            reason = " ".join(str(failure.evalue).split())
+            name = "" if failure.ename in ("ValueError", "SystemExit") else f"{failure.ename}: "
+            where = f"{Path(notebook).name}, cell {failure.exec_count}"
+            raise RuntimeError(f"{name}{reason} [{where}; the failed notebook is {kept}]") from failure
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+def main(arguments=None) -> None:
+    """Command line; see the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m focalcal.notebook", description=__doc__.split("\n")[0])
+    parser.add_argument("notebook", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
+    parser.add_argument("--strip", action="store_true", help="strip the notebooks of a folder into another")
+    options = parser.parse_args(arguments)
+    if options.strip:
+        return strip(options.notebook, options.out)
+    try:
+        parameters = {name: int(value) if value.lstrip("-").isdigit() else value for name, value in options.p}
+        execute(options.notebook, options.out, parameters)
+    except (ValueError, RuntimeError, OSError) as problem:
+        sys.exit(f"focalcal: {problem}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Drawing. Each function takes arrays or a table and an ``ax``; none computes a result, shows or restyles.
+
+One look per loss everywhere: ``STYLE`` gives label, colour (safe for the common colour-vision deficiencies,
+and told apart by dashes too) and line style.
+"""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
+
+from focalcal import paths
+
+STYLE = {
+    "cross_entropy": ("Cross-entropy", "#000000", "-"),
+    "label_smoothing": ("Label smoothing", "#777777", "--"),
+    "brier": ("Brier", "#44AA99", "-."),
+    "mmce": ("MMCE", "#C2A83E", "--"),
+    "focal1": ("Focal, γ = 1", "#66BBEE", "-"),
+    "focal2": ("Focal, γ = 2", "#3377BB", "-"),
+    "focal3": ("Focal, γ = 3", "#1A2A77", "-"),
+    "flsd53": ("FLSD-53", "#117733", "-"),
+    "flsc531": ("FLSc-531", "#999933", ":"),
+    "adafocal": ("AdaFocal", "#D55E00", "-"),
+    "dual_focal": ("Dual focal", "#AA4499", "--"),
+    "inverse_focal": ("Inverse focal", "#882255", ":"),
+}
+SPARE = ("#CC3311", "#0077BB", "#EE3377", "#009988", "#AA7744", "#332288")  # for losses that users add
+
+THEME = {  # for seaborn.set_theme(rc=THEME) in a notebook's set-up cell
+    "figure.dpi": 110,
+    "savefig.dpi": 200,
+    "savefig.bbox": "tight",
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.labelsize": 10,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#DDDDDD",
+    "svg.hashsalt": "focalcal",  # equal bytes from equal figures
+}
+
+
+def style(loss: str) -> dict:
+    """Line keywords (label, color, linestyle) of a loss; one not in STYLE gets a spare colour and its name."""
+    label, color, dashes = STYLE.get(loss, (loss, SPARE[sum(loss.encode()) % len(SPARE)], "-"))
+    return {"label": label, "color": color, "linestyle": dashes}
+
+
+def label(loss: str) -> str:
+    """The name of a loss in legends and tables."""
+    return style(loss)["label"]
+
+
+def curves(ax, table, milestones=(), **axis) -> None:
+    """A line per column (loss) of an epochs x losses table; dotted verticals where the learning rate drops.
+
+    axis: keywords of ax.set, such as ylabel or yscale.
+    """
+    for loss in table:
+        ax.plot(table.index, table[loss], linewidth=1.6, **style(loss))
+    decays(ax, milestones)
+    ax.set(xlabel="Epoch", **axis)
+    ax.margins(x=0.01)
+
+
+def decays(ax, milestones) -> None:
+    """Mark the epochs where the learning rate drops."""
+    for epoch in milestones:
+        ax.axvline(epoch - 0.5, color="#999999", linestyle=":", linewidth=1, zorder=0)
+
+
+def legend_right(figure, ax) -> None:
+    """One legend for all panels, to the right of the figure, in the order of ``ax``."""
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=2.6)
+
+
+def divergence(ax, rows, split: str, milestones=()) -> None:
+    """NLL and its correct and incorrect parts, and both softmax entropies, of one run's history rows."""
+    kinds = {
+        "nll": ("NLL", "#000000", "-"),
+        "nll_correct": ("NLL, correct", "#117733", "-"),
+        "nll_incorrect": ("NLL, incorrect", "#D55E00", "-"),
+        "entropy_correct": ("Entropy, correct", "#117733", ":"),
+        "entropy_incorrect": ("Entropy, incorrect", "#D55E00", ":"),
+    }
+    for key, (name, color, dashes) in kinds.items():
+        ax.plot(rows.epoch, rows[f"{split}_{key}"], label=name, color=color, linestyle=dashes, linewidth=1.6)
+    decays(ax, milestones)
+    ax.set(xlabel="Epoch", ylabel="NLL and entropy (nats)", title=f"{split} set")
+
+
+def reliability(ax, count, confidence, correct, color: str, title: str = "") -> None:
+    """Reliability diagram from metrics.bin_sums: accuracy per bin as bars, the gap to confidence hatched.
+
+    The bins are drawn with equal width, as they were made; empty ones are left blank.
+    """
+    filled, width = count > 0, 1 / len(count)
+    left = np.arange(len(count)) * width
+    total = np.maximum(count, 1)
+    accuracy, confidence = (correct / total)[filled], (confidence / total)[filled]
+    ax.bar(left[filled], accuracy, width, align="edge", color=color, alpha=0.75, edgecolor="white", linewidth=0.5)
+    ax.bar(
+        left[filled], confidence - accuracy, width, accuracy,
+        align="edge", fill=False, edgecolor="#CC3311", hatch="////", linewidth=0.6,
+    )  # fmt: skip
+    ax.plot([0, 1], [0, 1], color="#444444", linestyle="--", linewidth=1)
+    ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title=title)
+
+
+def paired_bars(ax, names, before, after, colors, ylabel: str) -> None:
+    """Two bars per loss, before (light) and after (full colour) temperature scaling."""
+    at = np.arange(len(names))
+    ax.bar(at - 0.2, before, 0.38, color=colors, alpha=0.4)
+    ax.bar(at + 0.2, after, 0.38, color=colors)
+    ax.set_xticks(at, names, rotation=45, ha="right")
+    ax.set(ylabel=ylabel)
+    ax.grid(axis="x", visible=False)
+
+
+def gradient_histograms(axes, norms, epochs) -> None:
+    """A panel per epoch: the density of log10 gradient norms, one outline per loss.
+
+    norms: loss -> (len(epochs), N). Norms below 1e-8 are drawn at 1e-8.
+    """
+    bins = np.linspace(-8, 1.5, 60)
+    for ax, row, epoch in zip(axes, range(len(epochs)), epochs, strict=True):
+        for loss, values in norms.items():
+            logs = np.log10(np.maximum(values[row], 1e-8))
+            look = style(loss)
+            ax.hist(
+                logs,
+                bins,
+                histtype="step",
+                density=True,
+                linewidth=1.5,
+                color=look["color"],
+                linestyle=look["linestyle"],
+            )
+        ax.set(xlabel="log10 of gradient norm", title=f"Epoch {epoch}")
+    axes[0].set(ylabel="Density of training samples")
+    handles = [Line2D([], [], **style(loss)) for loss in norms]
+    axes[-1].legend(handles=handles, loc="upper left")
+
+
+def save(figure, study: str, notebook: str, name: str) -> None:
+    """Write figures/<study>/<notebook>/<name>.png and .svg, free of dates: equal figures give equal bytes."""
+    folder: Path = paths.figures(study, notebook)
+    with matplotlib.rc_context({"svg.hashsalt": THEME["svg.hashsalt"]}):
+        for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+            with paths.atomic(folder / f"{name}.{ending}") as part:
+                figure.savefig(part, format=ending, metadata=metadata, bbox_inches="tight")
+    plt.close(figure) if not matplotlib.is_interactive() else None
