@@ -1,5 +1,6 @@
 # make results   environment, data, the whole pipeline          make test   the tests
 # make lab       JupyterLab on the notebooks                    make lock   requirements.txt anew from pyproject.toml
+# make strip     notebooks without outputs, before a commit
 # make artifacts the committed results' histories, logits, tables and executed notebooks, without training
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: results data artifacts test lab lock clean
+.PHONY: results data artifacts test lab strip lock clean
 
 results: data
 	dvc repro
@@ -30,6 +31,9 @@ test: $(READY)
 
 lab: $(READY)
 	jupyter lab --notebook-dir notebooks
+
+strip: $(READY)
+	python -m focalcal.notebook --strip notebooks notebooks
 
 lock: $(READY)
 	pip install --quiet uv

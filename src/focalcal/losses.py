@@ -127,11 +127,11 @@ def mmce(logits: Tensor, labels: Tensor, weight: float = 2.0) -> Tensor:
 class ScheduledFocal(nn.Module):
     """FLSc-531: focal loss with gamma 5, then 3, then 1 [M, app. on gamma schedules].
 
-    switches: fractions of the whole training after which the next gamma holds; the paper's are 99 and 249 of
+    switches: fractions of the whole training after which the next gamma holds; the paper's are 100 and 250 of
     350 epochs. ``start_epoch`` is called by the training loop.
     """
 
-    def __init__(self, gammas=(5.0, 3.0, 1.0), switches=(99 / 350, 249 / 350)):
+    def __init__(self, gammas=(5.0, 3.0, 1.0), switches=(100 / 350, 250 / 350)):
         super().__init__()
         if len(gammas) != len(switches) + 1 or list(switches) != sorted(switches):
             raise ValueError("flsc531: one gamma more than switches is needed, and switches must rise.")

@@ -133,7 +133,7 @@ METRICS = {  # the order of the results table
 
 def summary(logits, labels) -> dict[str, float]:
     """What history.csv keeps of a split: the NLL, its parts from correctly and wrongly classified samples
-    (each divided by all N, so that they add up), the mean softmax entropy in nats of either group (0 where a
+    (each divided by all N, so that they add up), the mean softmax entropy in nats of either group (NaN where a
     group is empty), error, ECE and adaptive ECE."""
     logits, labels = check(logits, labels)
     log_probs = log_softmax(logits)
@@ -146,8 +146,8 @@ def summary(logits, labels) -> dict[str, float]:
         "nll": loss.mean(),
         "nll_correct": loss[correct].sum() / len(loss),
         "nll_incorrect": loss[~correct].sum() / len(loss),
-        "entropy_correct": entropy[correct].sum() / max(correct.sum(), 1),
-        "entropy_incorrect": entropy[~correct].sum() / max((~correct).sum(), 1),
+        "entropy_correct": entropy[correct].mean() if correct.any() else np.nan,
+        "entropy_incorrect": entropy[~correct].mean() if not correct.all() else np.nan,
         "error": 1 - correct.mean(),
         "ece": calibration_error(confidence, correct, equal_width_edges()),
         "adaece": calibration_error(confidence, correct, equal_mass_edges(confidence)),

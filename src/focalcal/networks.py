@@ -23,8 +23,10 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        y = self.norm2(self.conv2(y))
+        y += self.shortcut(x)
+        return F.relu(y, inplace=True)
 
 
 def small_resnet(num_classes: int, in_channels: int = 3) -> nn.Module:
@@ -36,7 +38,7 @@ def small_resnet(num_classes: int, in_channels: int = 3) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(in_channels, 16, 3, 2, 1, bias=False),
         nn.BatchNorm2d(16),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         BasicBlock(16, 16, 1),
         BasicBlock(16, 32, 2),
         BasicBlock(32, 64, 2),

@@ -56,16 +56,24 @@ def label(loss: str) -> str:
     return style(loss)["label"]
 
 
-def curves(ax, table, milestones=(), **axis) -> None:
+def among(losses, *names: str) -> list[str]:
+    """The names that are among the losses, in the order given; all losses if none is."""
+    return [name for name in names if name in losses] or list(losses)
+
+
+def curves(ax, table, milestones=(), settled: int = 0, **axis) -> None:
     """A line per column (loss) of an epochs x losses table; dotted verticals where the learning rate drops.
 
-    axis: keywords of ax.set, such as ylabel or yscale.
+    settled: the y axis is cut to what happens after this many epochs; axis: keywords of ax.set, such as ylabel.
     """
     for loss in table:
         ax.plot(table.index, table[loss], linewidth=1.6, **style(loss))
     decays(ax, milestones)
     ax.set(xlabel="Epoch", **axis)
     ax.margins(x=0.01)
+    if 0 < settled < len(table):
+        low, high = table.min(axis=None), table.iloc[settled:].max(axis=None)
+        ax.set_ylim(max(0, low - 0.1 * (high - low)), high + 0.1 * (high - low))
 
 
 def decays(ax, milestones) -> None:
@@ -110,7 +118,44 @@ def reliability(ax, count, confidence, correct, color: str, title: str = "") -> 
         align="edge", fill=False, edgecolor="#CC3311", hatch="////", linewidth=0.6,
     )  # fmt: skip
     ax.plot([0, 1], [0, 1], color="#444444", linestyle="--", linewidth=1)
-    ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title=title)
+    ax.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), aspect="equal", title=title)
+
+
+def panels(count: int, columns: int = 4):
+    """A figure of square panels in rows of ``columns``, and its first ``count`` axes; the rest stay blank."""
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(10, 2.75 * rows), sharex=True, sharey=True, layout="constrained"
+    )
+    for ax in axes.flat[count:]:
+        ax.set_axis_off()
+    return figure, axes.flat[:count]
+
+
+def confidence_histogram(ax, confidence, correct, edges, color: str, title: str = "") -> None:
+    """How many samples have which confidence, the wrong ones stacked in grey on the right ones."""
+    parts, colors = (confidence[correct], confidence[~correct]), (color, "#BBBBBB")
+    ax.hist(parts, edges, stacked=True, label=("right", "wrong"), color=colors, edgecolor="white", linewidth=0.5)
+    ax.set(title=title, xlabel="Confidence", xlim=(0, 1), xticks=(0, 0.5, 1))
+    ax.legend(loc="upper left")
+
+
+def bin_gammas(ax, epochs, gammas) -> None:
+    """AdaFocal's gammas (bins, epochs) as a map: red is focal, blue inverse focal."""
+    largest = max(2, np.abs(gammas).max())
+    drawn = ax.pcolormesh(epochs, np.arange(1, 1 + len(gammas)), gammas, cmap="RdBu_r", vmin=-largest, vmax=largest)
+    ax.figure.colorbar(drawn, ax=ax, label="γ of the bin")
+    ax.set(xlabel="Epoch", ylabel=f"Validation bin ({len(gammas)} = most confident)")
+    ax.grid(visible=False)
+
+
+def sweep(ax, gammas, values, levels) -> None:
+    """A metric over gamma, one line per split (values: split -> array), and other losses' levels as horizontals."""
+    for (split, row), (marker, dashes) in zip(values.items(), (("o", "-"), ("s", "--")), strict=True):
+        ax.plot(gammas, row, marker=marker, linestyle=dashes, color="#3377BB", label=f"focal, {split}")
+    for loss, level in levels.items():
+        ax.axhline(level, linewidth=1.3, **style(loss))
+    ax.set(xlabel="γ")
 
 
 def paired_bars(ax, names, before, after, colors, ylabel: str) -> None:

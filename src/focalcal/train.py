@@ -25,7 +25,7 @@ from focalcal import metrics, networks, paths
 from focalcal.settings import Training
 
 GRADIENT_FRACTIONS = (10 / 350, 100 / 350, 200 / 350)  # the papers' histograms: epochs 10, 100, 200 of 350
-EVAL_BATCH = 500  # samples; larger batches fall out of a CPU cache
+EVAL_BATCH = 250  # samples; larger batches fall out of a CPU cache
 
 
 def device() -> torch.device:

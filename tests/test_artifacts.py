@@ -1,0 +1,133 @@
+"""Settings, paths and the reading of artifacts: what a user meets before and after training."""
+
+import errno
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from focalcal import networks, paths, runs, settings, train
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A compendium with one finished run of study 'tiny', loss 'focal1', seed 0."""
+    (tmp_path / "dvc.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    parameters = {
+        "active": {"studies": ["tiny"], "losses": ["focal1"], "seeds": [0]},
+        "studies": {
+            "tiny": {
+                "data": {"dataset": "digits", "train": 10, "val": 5, "test": 5},
+                "training": {"network": "small_resnet", "epochs": 2, "milestones": [2]},
+                "losses": {"focal1": {"gamma": 1.5, "reduction": "mean"}},
+            }
+        },
+    }
+    rng = np.random.default_rng(0)
+    logits = {split: (rng.normal(size=(5, 3)).astype(np.float32), np.arange(5) % 3) for split in ("val", "test")}
+    history = [{"epoch": epoch, "test_nll": 1 / epoch} for epoch in (1, 2)]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(parameters))
+    model = networks.make("small_resnet", 3, 1, 0)
+    train.save("tiny", "focal1", 0, model, history, logits, ([1], np.ones((1, 10))), 1.0)
+    return parameters
+
+
+def change(parameters, path, value):
+    *parents, last = path.split(".")
+    for name in parents:
+        parameters = parameters[name]
+    parameters[last] = value
+
+
+def test_a_saved_run_is_read_back(study):
+    assert runs.history("tiny")[["loss", "seed", "epoch", "test_nll"]].values.tolist() == [
+        ["focal1", 0, 1, 1.0],
+        ["focal1", 0, 2, 0.5],
+    ]
+    assert runs.curves(runs.history("tiny"), "test_nll").loc[2, "focal1"] == 0.5
+    assert runs.logits("tiny", "focal1", 0)["test"][0].shape == (5, 3)
+    assert runs.gradients("tiny", "focal1", 0)[1].shape == (1, 10)
+    assert (paths.root() / "artifacts/tiny/provenance/focal1-0.json").is_file()
+
+
+def test_published_runs_are_found_where_there_are_no_own(study):
+    shutil.move("artifacts", "published")
+    assert len(runs.history("tiny")) == 2
+
+
+def test_loss_settings_win_over_the_studys(study):
+    training, special = settings.training("tiny", "focal1")
+    assert training.reduction == "mean" and training.momentum == 0.9 and special == {"gamma": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (
+            "studies.tiny.training.learning_rat",
+            0.1,
+            "training has no setting 'learning_rat'; it has: network",
+        ),
+        ("studies.tiny.training.learning_rate", -0.1, "learning_rate must be above 0, got -0.1"),
+        ("studies.tiny.training.epochs", 2.5, "epochs must be int"),
+        ("studies.tiny.training.epochs", 0, "epochs must be above 0"),
+        ("studies.tiny.training.augment", "yes please", "augment must be bool"),
+        ("studies.tiny.training.milestones", [5], r"milestones must be epochs in 2\.\.2"),
+        ("studies.tiny.losses.focal1.reduction", "total", "reduction must be sum or mean, got 'total'"),
+        ("studies.tiny.training", {"epochs": 3}, "studies.tiny.training lacks: network"),
+        ("studies.tiny.losses", {}, "Unknown loss 'focal1' in study 'tiny'"),
+    ],
+)
+def test_bad_settings_are_named(study, path, value, words):
+    change(study, path, value)
+    (paths.root() / "params.yaml").write_text(yaml.safe_dump(study))
+    with pytest.raises(ValueError, match=words):
+        settings.training("tiny", "focal1")
+
+
+def test_unknown_names_are_named(study):
+    with pytest.raises(ValueError, match="Unknown study 'huge'; params.yaml defines: tiny"):
+        settings.data("huge")
+    with pytest.raises(FileNotFoundError, match="brier/0/history.csv is missing; `dvc repro` makes it"):
+        runs.history("tiny", ["brier"])
+
+
+def test_outside_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="run this inside the focalcal folder"):
+        paths.root()
+
+
+def test_a_truncated_logits_file_is_named(study):
+    path = paths.run("tiny", "focal1", 0) / "logits.npz"
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(ValueError, match="logits.npz is truncated or damaged"):
+        runs.logits("tiny", "focal1", 0)
+
+
+def test_logits_that_do_not_fit_are_named(study):
+    path = paths.run("tiny", "focal1", 0) / "logits.npz"
+    np.savez(path, val_logits=np.zeros((2, 3)), val_labels=np.array([0, 7]))
+    with pytest.raises(ValueError, match=r"logits.npz: labels must lie in 0\.\.2"):
+        runs.logits("tiny", "focal1", 0)
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    target = tmp_path / "results.csv"
+    target.write_text("old")
+    with pytest.raises(OSError, match="Disk full while writing .*results.csv"), paths.atomic(target) as part:
+        part.write_text("half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_weights_are_readable_without_running_code(study):
+    from safetensors.torch import load_file
+
+    weights = load_file(paths.root() / "artifacts/tiny/models/focal1-0.safetensors")
+    model = networks.make("small_resnet", 3, 1, 1)
+    model.load_state_dict(weights)
+    assert torch.equal(networks.head(model).weight, networks.head(networks.make("small_resnet", 3, 1, 0)).weight)

@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+
+from focalcal import calibrate, metrics
+
+
+def labels_from(logits, temperature, seed=1):
+    """Labels drawn from softmax(logits / temperature)."""
+    noise = np.random.default_rng(seed).gumbel(size=logits.shape)
+    return (logits / temperature + noise).argmax(axis=1)
+
+
+@pytest.mark.parametrize("true", [0.5, 1.0, 2.5])
+def test_a_known_temperature_comes_back(true):
+    logits = np.random.default_rng(0).normal(size=(40_000, 5)) * 3
+    labels = labels_from(logits, true)
+    assert calibrate.temperature_by_nll(logits, labels) == pytest.approx(true, rel=0.02)
+    assert calibrate.temperature_by_ece(logits, labels) == pytest.approx(true, abs=0.11)
+
+
+def test_nll_temperature_is_the_optimum():
+    logits = np.random.default_rng(0).normal(size=(500, 10)) * 4
+    labels = labels_from(logits, 1.7)
+    best = calibrate.temperature_by_nll(logits, labels)
+    here = metrics.nll(logits / best, labels)
+    assert here <= min(metrics.nll(logits / (best * step), labels) for step in (0.999, 1.001))
+
+
+def test_nll_temperature_by_hand():
+    logits = np.array([[2.0, 0.0]] * 4)  # three of four right: 1 / (1 + exp(-2 / T)) = 3 / 4
+    assert calibrate.temperature_by_nll(logits, np.array([0, 0, 0, 1])) == pytest.approx(2 / np.log(3), rel=1e-6)
+
+
+def test_nll_temperature_stops_at_its_bounds():
+    logits = np.random.default_rng(0).normal(size=(100, 3))
+    assert calibrate.temperature_by_nll(logits, logits.argmax(1)) == pytest.approx(0.01, rel=1e-3)
+    assert calibrate.temperature_by_nll(logits, logits.argmin(1)) == pytest.approx(100, rel=1e-3)
+    assert np.isfinite(calibrate.temperature_by_nll(np.zeros((4, 3)), np.zeros(4, int)))
+
+
+def test_ece_temperature_against_the_plain_grid():
+    logits = np.random.default_rng(0).normal(size=(300, 4)) * 5
+    labels = labels_from(logits, 2.0)
+    scores = [metrics.ece(logits / t, labels) for t in np.arange(1, 101) / 10]
+    assert calibrate.temperature_by_ece(logits, labels) == pytest.approx((1 + np.argmin(scores)) / 10)
+
+
+def test_ece_temperature_takes_the_first_of_equals():
+    logits, labels = np.array([[1e6, 0.0], [1e6, 0.0]]), np.array([0, 0])  # ECE 0 at every temperature
+    assert calibrate.temperature_by_ece(logits, labels) == 0.1
+
+
+def test_gamma_for_gives_the_printed_values():
+    printed = {0.15: 8.0320, 0.19: 5.3370, 0.2: 4.8506, 0.25: 3.0702, 0.3: 1.9572, 0.35: 1.2092, 0.4: 0.6805}
+    for p0, gamma in printed.items():
+        assert calibrate.gamma_for(p0) == pytest.approx(gamma, abs=5e-5)
+        assert calibrate.gradient_factor(p0, calibrate.gamma_for(p0)) == pytest.approx(1)
+    for impossible in (0, 0.5, 1, -0.1):
+        with pytest.raises(ValueError, match="p0"):
+            calibrate.gamma_for(impossible)
+
+
+def test_gradient_factor_relates_the_two_losses():
+    torch = pytest.importorskip("torch")
+    from focalcal import losses
+
+    z, y = torch.randn(20, 4, dtype=torch.float64, requires_grad=True), torch.randint(0, 4, (20,))
+    (focal,) = torch.autograd.grad(losses.focal(z, y, 3.0).sum(), z)
+    (plain,) = torch.autograd.grad(losses.cross_entropy(z, y).sum(), z)
+    p = z.softmax(1).gather(1, y[:, None]).detach().numpy()
+    np.testing.assert_allclose(focal, calibrate.gradient_factor(p, 3.0) * plain.numpy(), rtol=1e-6, atol=1e-12)
+
+
+def test_measure_gives_every_metric_under_every_scaling():
+    logits = np.random.default_rng(0).normal(size=(60, 3))
+    chosen = calibrate.temperatures(logits, labels_from(logits, 1.5))
+    rows = calibrate.measure({"test": (logits, labels_from(logits, 1.5, seed=2))}, chosen)
+    assert len(rows) == 3 * len(metrics.METRICS)
+    assert len({row["value"] for row in rows if row["metric"] == "error"}) == 1

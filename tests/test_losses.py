@@ -1,0 +1,181 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from focalcal import losses
+
+
+def logits_of(*probabilities):
+    return torch.log(torch.tensor(probabilities, dtype=torch.float64))
+
+
+def test_values_by_hand():
+    z, y = logits_of([0.5, 0.3, 0.2]), torch.tensor([1])
+    log_p = math.log(0.3)
+    expected = {
+        losses.cross_entropy: -log_p,
+        losses.brier: 0.5**2 + (0.3 - 1) ** 2 + 0.2**2,
+        lambda z, y: losses.label_smoothing(z, y, 0.1): -0.9 * log_p - 0.05 * (math.log(0.5) + math.log(0.2)),
+        lambda z, y: losses.focal(z, y, 2): -(0.7**2) * log_p,
+        lambda z, y: losses.inverse_focal(z, y, 2): -(1.3**2) * log_p,
+        lambda z, y: losses.dual_focal(z, y, 2): -((1 - 0.3 + 0.2) ** 2) * log_p,
+        lambda z, y: losses.flsd(z, y): -(0.7**3) * log_p,
+        lambda z, y: losses.flsd(z, y, threshold=0.31): -(0.7**5) * log_p,
+    }
+    for loss, value in expected.items():
+        assert loss(z, y).item() == pytest.approx(value, rel=1e-9)
+
+
+def test_focal_at_gamma_zero_is_cross_entropy_and_brier_ends_at_two():
+    torch.manual_seed(0)
+    z, y = torch.randn(50, 7), torch.randint(0, 7, (50,))
+    reference = F.cross_entropy(z, y, reduction="none")
+    for same in (losses.focal(z, y, 0.0), losses.inverse_focal(z, y, 0.0), losses.dual_focal(z, y, 0.0)):
+        torch.testing.assert_close(same, reference)
+    torch.testing.assert_close(losses.label_smoothing(z, y, 0.0), reference)
+    # PyTorch spreads alpha over all K classes, so its alpha is ours times K / (K - 1)
+    smoothed = F.cross_entropy(z, y, reduction="none", label_smoothing=0.06 * 7 / 6)
+    torch.testing.assert_close(losses.label_smoothing(z, y, 0.06), smoothed)
+    assert losses.brier(torch.tensor([[40.0, -40.0]]), torch.tensor([1])).item() == pytest.approx(2)
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_gradients_against_finite_differences(name):
+    torch.manual_seed(3)
+    z, y = torch.randn(6, 4, dtype=torch.float64, requires_grad=True), torch.randint(0, 4, (6,))
+    loss = losses.make(name)
+    if isinstance(loss, losses.AdaFocal):
+        loss = loss.double()
+        loss.gamma.copy_(torch.linspace(-2, 5, 15))
+    assert loss(z, y).shape == (6,)
+    assert torch.autograd.gradcheck(lambda z: loss(z, y), z)
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_extreme_logits_give_finite_losses_and_gradients(name):
+    z = torch.tensor([[200.0, -200.0, 0.0], [-200.0, 200.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    loss = losses.make(name)
+    if isinstance(loss, losses.AdaFocal):
+        loss.gamma.fill_(0.3)
+    value = loss(z, torch.tensor([0, 0, 0]))
+    value.sum().backward()
+    assert value.isfinite().all() and z.grad.isfinite().all()
+
+
+def test_flsd_does_not_differentiate_gamma():
+    z = logits_of([0.1, 0.9], [0.6, 0.4]).requires_grad_()
+    y = torch.tensor([0, 0])
+    (slope,) = torch.autograd.grad(losses.flsd(z, y).sum(), z)
+    (parts,) = torch.autograd.grad(losses.focal(z[:1], y[:1], 5).sum() + losses.focal(z[1:], y[1:], 3).sum(), z)
+    torch.testing.assert_close(slope, parts)
+
+
+def test_dual_focal_takes_the_largest_probability_strictly_below():
+    y = torch.tensor([0])
+    for probabilities, runner_up in (
+        ([0.5, 0.3, 0.2], 0.3),
+        ([0.4, 0.4, 0.2], 0.2),  # a tie with the true class does not count
+        ([0.2, 0.5, 0.3], 0.0),  # nothing below
+        ([1 / 3, 1 / 3, 1 / 3], 0.0),
+    ):
+        p = probabilities[0]
+        value = losses.dual_focal(logits_of(probabilities), y, 3.0).item()
+        assert value == pytest.approx(-((1 - p + runner_up) ** 3) * math.log(p))
+
+
+def mmce_by_pairs(confidence, correct):
+    """MMCE_w as published, one pair at a time."""
+    kernel = lambda a, b: math.exp(-abs(a - b) / 0.4)  # noqa: E731
+    right, wrong = confidence[correct], confidence[~correct]
+    m, n = len(right), len(wrong)
+    cc = sum((1 - a) * (1 - b) * kernel(a, b) for a in right for b in right) / m**2
+    ii = sum(a * b * kernel(a, b) for a in wrong for b in wrong) / n**2
+    ci = sum((1 - a) * b * kernel(a, b) for a in right for b in wrong) / (m * n)
+    return math.sqrt(cc / (m * m + 1e-5) + ii / (n * n + 1e-5) - 2 * ci / (m * n + 1e-5) + 1e-10)
+
+
+def test_mmce_against_pairs_and_its_empty_groups():
+    torch.manual_seed(1)
+    z, y = torch.randn(40, 5, dtype=torch.float64), torch.randint(0, 5, (40,))
+    confidence, predicted = z.softmax(1).max(1)
+    expected = mmce_by_pairs(confidence.numpy(), (predicted == y).numpy())
+    assert losses.mmce_weighted(z, y).item() == pytest.approx(expected)
+    torch.testing.assert_close(losses.mmce(z, y), losses.cross_entropy(z, y) + 2 * expected)
+    for all_right_or_wrong in (z.argmax(1), (z.argmax(1) + 1) % 5):
+        z_grad = z.clone().requires_grad_()
+        penalty = losses.mmce_weighted(z_grad, all_right_or_wrong)
+        assert penalty.item() == 0
+        penalty.backward()
+        assert z_grad.grad.isfinite().all()
+
+
+def test_flsc531_switches_where_the_published_schedule_does():
+    loss = losses.ScheduledFocal()
+    seen = {}
+    for epoch in range(1, 351):
+        loss.start_epoch(epoch, 350)
+        seen.setdefault(loss.gamma.item(), []).append(epoch)
+    # published for epochs counted from 0: gamma 5 below 100, 3 below 250, then 1
+    ranges = {gamma: (epochs[0], epochs[-1]) for gamma, epochs in seen.items()}
+    assert ranges == {5: (1, 100), 3: (101, 250), 1: (251, 350)}
+
+
+def test_adafocal_update_by_hand():
+    loss = losses.AdaFocal(bins=2)
+    assert loss.gamma.tolist() == [1, 1]
+    # the middle edge is the sample at position 2 of 4, 0.8; bins are (lo, hi], so 0.2, 0.4 and 0.8 (two right: gap
+    # (1.4 - 2) / 3 = -0.2) go to the first bin and 0.9 (wrong: gap 0.9) to the second
+    loss.update(torch.tensor([0.2, 0.9, 0.4, 0.8]), torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    np.testing.assert_allclose(loss.gamma, [math.exp(-0.2), math.exp(0.9)], rtol=1e-6)
+    np.testing.assert_allclose(loss.edges, [0.2, 0.8, 0.9])
+
+
+def test_adafocal_switches_sign_and_clips():
+    def after(gamma, gap):
+        loss = losses.AdaFocal(bins=1)
+        loss.gamma.fill_(gamma)
+        confidence = torch.full((4,), 0.5 + gap / 2)
+        loss.update(confidence, torch.full((4,), 0.5 - gap / 2))
+        return loss.gamma.item()
+
+    assert after(0.25, -0.5) == pytest.approx(-0.2)  # 0.25 exp(-0.5) = 0.15 < 0.2: over to the inverse focal loss
+    assert after(-0.25, 0.5) == pytest.approx(0.2)  # and back: -0.25 exp(-0.5) = -0.15
+    assert after(-1.0, -0.5) == pytest.approx(-math.exp(0.5))  # under-confident: more inverse focus
+    assert after(-1.9, -0.9) == pytest.approx(-2)
+    assert after(15.0, 0.9) == pytest.approx(20)
+
+
+def test_adafocal_uses_the_bin_of_the_true_class_probability():
+    loss = losses.AdaFocal(bins=4)
+    loss.gamma.copy_(torch.tensor([5.0, 3.0, 1.0, -1.0]))
+    for p, gamma in ((0.1, 5), (0.25, 3), (0.4, 3), (0.5, 1), (0.9, -1)):
+        z = torch.tensor([[math.log(p), math.log(1 - p)]])
+        weight = (1 - p) ** gamma if gamma > 0 else (1 + p) ** -gamma
+        assert loss(z, torch.tensor([0])).item() == pytest.approx(-weight * math.log(p), rel=1e-4)
+
+
+def test_adafocal_survives_equal_confidences():
+    loss = losses.AdaFocal()
+    loss.update(torch.ones(100), torch.ones(100))
+    assert loss.gamma.isfinite().all() and (loss.edges.diff() >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("focal4", {}, "Unknown loss 'focal4'"),
+        ("focal3", {"gama": 1}, "no setting 'gama'"),
+        ("focal3", {"gamma": -1}, "gamma must be 0 or larger"),
+        ("focal3", {"gamma": "three"}, "must be a number"),
+        ("label_smoothing", {"alpha": 1.5}, "alpha must lie in"),
+        ("mmce", {"weight": -2}, "weight must be 0 or larger"),
+        ("adafocal", {"gamma_min": 1}, "gamma_min < 0"),
+        ("flsc531", {"gammas": [5, 3]}, "one gamma more"),
+    ],
+)
+def test_bad_settings_are_named(name, settings, words):
+    with pytest.raises(ValueError, match=words):
+        losses.make(name, **settings)

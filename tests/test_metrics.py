@@ -1,0 +1,129 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as sklearn_metrics
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from focalcal import metrics
+
+
+@pytest.fixture
+def random():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(2000, 6)) * 2, rng.integers(0, 6, 2000)
+
+
+def binary(*confidence_correct):
+    """Two-class logits and labels with the given (confidence, is right) pairs; class 0 is always predicted."""
+    p = np.array([confidence for confidence, _ in confidence_correct])
+    with np.errstate(divide="ignore"):
+        return np.stack([np.log(p), np.log(1 - p)], axis=1), np.array([0 if ok else 1 for _, ok in confidence_correct])
+
+
+def test_values_by_hand():
+    z, y = np.log([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3]]), np.array([1, 1])
+    assert metrics.nll(z, y) == pytest.approx(-(math.log(0.2) + math.log(0.6)) / 2)
+    assert metrics.error(z, y) == 0.5
+    assert metrics.brier(z, y) == pytest.approx(((0.7**2 + 0.8**2 + 0.1**2) + (0.1**2 + 0.4**2 + 0.3**2)) / 2)
+    assert metrics.ece(z, y) == pytest.approx((0.7 + 0.4) / 2)
+    assert metrics.mce(z, y) == pytest.approx(0.7)
+    # classes 0 and 1 only, since no label 2 occurs: |0.7| + |0.1|, then |0.2 - 1| + |0.6 - 1|, each over 2 samples
+    assert metrics.classwise_ece(z, y) == pytest.approx(((0.7 + 0.1) / 2 + (0.8 + 0.4) / 2) / 2)
+
+
+def test_ece_by_hand_with_shared_and_empty_bins():
+    # 15 bins of 1/15: 0.62, 0.64 share (0.6, 0.667]; 0.9 is alone in (0.867, 0.933]; the others are empty
+    z, y = binary((0.62, True), (0.64, False), (0.9, True))
+    assert metrics.ece(z, y) == pytest.approx(2 / 3 * abs((0.62 + 0.64) / 2 - 1 / 2) + 1 / 3 * (1 - 0.9), abs=1e-7)
+    assert metrics.mce(z, y) == pytest.approx(abs((0.62 + 0.64) / 2 - 1 / 2), abs=1e-7)
+
+
+def test_bins_are_open_below_and_closed_above_and_take_zero_and_one():
+    edges = metrics.equal_width_edges(5)
+    count, _, _ = metrics.bin_sums([0, 0.2, 0.2000001, 0.6, 1], [0] * 5, edges)
+    assert count.tolist() == [2, 1, 1, 0, 1]
+    count, _, _ = metrics.bin_sums(edges, [0] * 6, edges)
+    assert count.tolist() == [2, 1, 1, 1, 1]
+
+
+def test_certainty_is_legal():
+    z, y = np.array([[1e4, 0.0], [0.0, 1e4]]), np.array([0, 0])
+    assert metrics.ece(z, y) == pytest.approx(0.5)  # one right and one wrong, both at confidence 1
+    assert metrics.nll(z, y) == pytest.approx(5000)
+    assert metrics.classwise_ece(z, y) == pytest.approx(0.5)
+    assert metrics.adaptive_ece(z, y) == pytest.approx(0.5)
+
+
+def test_adaptive_bins_hold_equal_numbers(random):
+    confidence, correct = metrics.confidence_correct(*random)
+    count, _, _ = metrics.bin_sums(confidence, correct, metrics.equal_mass_edges(confidence, 10))
+    assert count.sum() == 2000 and count.min() >= 199 and count.max() <= 202
+
+
+def published_loop(confidence, correct, edges):
+    """ECE as in the published code: a loop over bins, lower edge open."""
+    total = 0.0
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        inside = (confidence > low) & (confidence <= high)
+        if inside.any():
+            total += abs(confidence[inside].mean() - correct[inside].mean()) * inside.mean()
+    return total
+
+
+def test_against_the_published_loops(random):
+    z, y = random
+    confidence, correct = metrics.confidence_correct(z, y)
+    assert metrics.ece(z, y) == pytest.approx(
+        published_loop(confidence, correct, metrics.equal_width_edges()), abs=1e-6
+    )
+    edges = metrics.equal_mass_edges(confidence)
+    # the published adaptive ECE drops the least confident sample, ours keeps it: at most 1 / N apart
+    assert metrics.adaptive_ece(z, y) == pytest.approx(published_loop(confidence, correct, edges), abs=1 / 2000)
+    probs = torch.tensor(z).softmax(1).float().numpy()
+    classes = [published_loop(probs[:, k], y == k, metrics.equal_width_edges()) for k in range(6)]
+    assert metrics.classwise_ece(z, y) == pytest.approx(np.mean(classes), abs=1e-6)
+
+
+def test_against_torchmetrics_and_scikit_learn(random):
+    z, y = random
+    torch_z, torch_y, probs = torch.tensor(z), torch.tensor(y), torch.tensor(z).softmax(1).numpy()
+    for ours, norm in ((metrics.ece, "l1"), (metrics.mce, "max")):
+        theirs = multiclass_calibration_error(torch_z.softmax(1), torch_y, num_classes=6, n_bins=15, norm=norm).item()
+        assert ours(z, y) == pytest.approx(theirs, abs=1e-6)
+    assert metrics.nll(z, y) == pytest.approx(sklearn_metrics.log_loss(y, probs))
+    assert metrics.error(z, y) == pytest.approx(1 - sklearn_metrics.accuracy_score(y, z.argmax(1)))
+    one_hot = np.eye(6)[y]
+    each = sum(sklearn_metrics.brier_score_loss(one_hot[:, k], probs[:, k]) for k in range(6))
+    assert metrics.brier(z, y) == pytest.approx(each)
+
+
+def test_a_class_that_no_label_names(random):
+    z, y = random
+    y = np.where(y == 3, 2, y)
+    assert np.isfinite([metric(z, y) for metric in metrics.METRICS.values()]).all()
+
+
+def test_summary_parts_add_up(random):
+    row = metrics.summary(*random)
+    assert row["nll_correct"] + row["nll_incorrect"] == pytest.approx(row["nll"]) == pytest.approx(metrics.nll(*random))
+    assert row["ece"] == metrics.ece(*random) and row["adaece"] == metrics.adaptive_ece(*random)
+    certain = metrics.summary(np.array([[9.0, 0.0]]), np.array([0]))
+    assert certain["nll_incorrect"] == 0 and np.isnan(certain["entropy_incorrect"])
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "words"),
+    [
+        (np.zeros((3, 2)), np.zeros(2, int), "labels must have shape"),
+        (np.zeros(3), np.zeros(3, int), "logits must have shape"),
+        (np.zeros((0, 2)), np.zeros(0, int), "empty"),
+        (np.zeros((2, 2)), np.array([0, 2]), "labels must lie in 0..1"),
+        (np.zeros((2, 2)), np.array([0.0, 1.0]), "integers"),
+        (np.array([[0.0, np.nan]]), np.zeros(1, int), "NaN or infinite"),
+    ],
+)
+def test_bad_input_is_named(logits, labels, words):
+    with pytest.raises(ValueError, match=words):
+        metrics.ece(logits, labels)

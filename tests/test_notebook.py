@@ -1,0 +1,78 @@
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from focalcal import notebook
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "dvc.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(path, *sources, tags=()):
+    """A notebook with a parameters cell (x = 1) and the given code cells."""
+    first = new_code_cell("x = 1", metadata={"tags": ["parameters"]})
+    cells = [new_markdown_cell("# Title"), first, *(new_code_cell(s, metadata={"tags": list(tags)}) for s in sources)]
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": notebook.KERNELSPEC}), path)
+
+
+def texts(path):
+    return [o.get("text", "") for cell in nbformat.read(path, 4).cells for o in cell.get("outputs", [])]
+
+
+def test_parameters_folders_and_equal_bytes(folder):
+    write(folder / "a.ipynb", "print(x + 1)", "import sys; print('half way', file=sys.stderr); x", tags=["progress"])
+    for out in ("deep/er/one.ipynb", "two.ipynb"):
+        notebook.main(["a.ipynb", out, "-p", "x", "41"])
+    assert (folder / "deep/er/one.ipynb").read_bytes() == (folder / "two.ipynb").read_bytes()
+    executed = nbformat.read(folder / "two.ipynb", 4)
+    assert texts(folder / "two.ipynb")[0] == "42\n" and executed.cells[-1].outputs[-1]["data"]["text/plain"] == "41"
+    text = (folder / "two.ipynb").read_text()
+    assert "half way" not in text and str(folder) not in text and "duration" not in text and "iopub" not in text
+    assert sorted(path.name for path in folder.iterdir()) == ["a.ipynb", "deep", "dvc.yaml", "two.ipynb"]
+
+
+def test_stripping_forgets_what_jupyterlab_writes(folder):
+    (folder / "clean").mkdir()
+    (folder / "touched").mkdir()
+    write(folder / "clean" / "a.ipynb", "1 + 1")
+    touched = nbformat.read(folder / "clean" / "a.ipynb", 4)
+    touched.metadata = {"kernelspec": {"name": "mine", "display_name": "Mine"}, "language_info": {"version": "3.99"}}
+    touched.cells[2].outputs = [nbformat.v4.new_output("stream", text="2")]
+    touched.cells[2].execution_count, touched.cells[2].id = 7, "abcdef"
+    touched.cells[2].metadata["collapsed"] = True
+    nbformat.write(touched, folder / "touched" / "a.ipynb")
+    for name in ("clean", "touched"):
+        notebook.main(["--strip", name, f"out-{name}"])
+    assert (folder / "out-clean/a.ipynb").read_bytes() == (folder / "out-touched/a.ipynb").read_bytes()
+    touched.cells[2].source = "1 + 2"
+    nbformat.write(touched, folder / "touched" / "a.ipynb")
+    notebook.main(["--strip", "touched", "out-touched"])
+    assert (folder / "out-clean/a.ipynb").read_bytes() != (folder / "out-touched/a.ipynb").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("sources", "arguments", "words"),
+    [
+        (["x"], ["-p", "y", "1"], "a.ipynb has no parameter 'y'; it has: x"),
+        (["raise ValueError('gamma must be 0 or larger')", "x"], [], "gamma must be 0 or larger [a.ipynb, cell 2"),
+        (["1 / 0"], [], "ZeroDivisionError: division by zero"),
+        (["import sys; sys.exit(0)", "x"], [], "stopped before its last cell"),
+    ],
+)
+def test_failures_are_one_sentence_and_leave_the_old_result(folder, sources, arguments, words):
+    write(folder / "a.ipynb", *sources)
+    (folder / "out.ipynb").write_text("the old result")
+    with pytest.raises(SystemExit) as stop:
+        notebook.main(["a.ipynb", "out.ipynb", *arguments])
+    assert words in str(stop.value) and "\n" not in str(stop.value)
+    assert (folder / "out.ipynb").read_text() == "the old result"
+    assert not list(folder.glob(".part*"))
+
+
+def test_missing_notebook(folder):
+    with pytest.raises(SystemExit, match="No notebook b.ipynb"):
+        notebook.main(["b.ipynb", "out.ipynb"])

@@ -1,0 +1,99 @@
+"""The real pipeline, at a tiny size on scikit-learn's digits, in a copy of this repository."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).parents[1]
+LOSSES = ["cross_entropy", "adafocal"]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The tracked files in a new git repository, with one tiny active study and a pin on a stand-in for data/."""
+    folder = tmp_path_factory.mktemp("copy")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=REPOSITORY, capture_output=True
+    ).stdout.decode()
+    for name in filter(None, listed.split("\0")):
+        if (REPOSITORY / name).is_file() and not name.startswith((".store/", "figures/")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / name, folder / name)
+    parameters = yaml.safe_load((folder / "params.yaml").read_text())
+    parameters["active"] = {"studies": ["tiny"], "losses": LOSSES, "seeds": [0]}
+    parameters["studies"]["tiny"] = {
+        "data": {"dataset": "digits", "train": 300, "val": 100, "test": 200},
+        "training": {"network": "small_resnet", "epochs": 3, "milestones": [2, 3], "augment": False},
+        "losses": {loss: {} for loss in LOSSES},
+    }
+    (folder / "params.yaml").write_text(yaml.safe_dump(parameters))
+    (folder / "data").mkdir()
+    (folder / "data" / "README").write_text("digits come with scikit-learn")
+    for command in (["git", "init", "-q"], ["git", "add", "-A"], ["dvc", "commit", "-q", "-f", "data.dvc"]):
+        call(folder, *command)
+    return folder
+
+
+def call(folder, *command, fails=False):
+    environment = os.environ | {"PYTHONPATH": str(folder / "src"), "FOCALCAL_DEVICE": "cpu"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_repro_makes_everything_and_then_nothing(copy):
+    call(copy, "dvc", "repro")
+    study = copy / "artifacts" / "tiny"
+    for loss in LOSSES:
+        assert len(pd.read_csv(study / "runs" / loss / "0" / "history.csv")) == 3
+        assert json.loads((study / "provenance" / f"{loss}-0.json").read_text())["device"].startswith("cpu")
+    assert set(pd.read_csv(study / "temperatures.csv").loss) == set(LOSSES)
+    metrics = json.loads((copy / "figures/tiny/08_results/metrics.json").read_text())
+    assert list(metrics) == LOSSES and 0 <= metrics["adafocal"]["error_percent"] <= 100
+    assert len(list((copy / "figures" / "tiny").rglob("*.png"))) >= 10
+    assert "Running stage" not in call(copy, "dvc", "repro")
+
+
+def test_saving_a_notebook_in_jupyterlab_leaves_training_valid(copy):
+    path = copy / "notebooks" / "02_train.ipynb"
+    touched = nbformat.read(path, 4)
+    touched.metadata["language_info"] = {"name": "python", "version": "3.99"}
+    for cell in touched.cells:
+        if cell.cell_type == "code":
+            cell.execution_count, cell.metadata["scrolled"] = 3, True
+            cell.outputs = [nbformat.v4.new_output("stream", text="seen")]
+    nbformat.write(touched, path)
+    (copy / "notebooks" / ".ipynb_checkpoints").mkdir()
+    output = call(copy, "dvc", "repro")
+    assert "Running stage 'strip'" in output and "Running stage 'train" not in output
+
+
+def test_a_forced_run_gives_the_same_bytes(copy):
+    def contents():
+        study = copy / "artifacts" / "tiny"
+        made = [*study.glob("runs/adafocal/0/*"), *study.glob("notebooks/02_train/adafocal-0.ipynb")]
+        made += [*study.glob("notebooks/07*"), *(copy / "figures/tiny/07_reliability").iterdir()]
+        return {path: path.read_bytes() for path in made}
+
+    before = contents()
+    call(copy, "dvc", "repro", "-f", "-s", "train@tiny-adafocal-0", "analyse@tiny-07_reliability")
+    assert contents() == before and len(before) > 8
+
+
+def test_a_bad_setting_fails_with_one_sentence_and_keeps_the_cache(copy):
+    parameters = (copy / "params.yaml").read_text()
+    (copy / "params.yaml").write_text(parameters.replace("network: small_resnet\n", "network: resnet9000\n"))
+    output = call(copy, "dvc", "repro", "train@tiny-cross_entropy-0", fails=True)
+    assert "focalcal: Unknown network 'resnet9000'; choose one of: small_resnet" in output
+    (copy / "params.yaml").write_text(parameters)
+    call(copy, "dvc", "checkout")
+    assert "Running stage" not in call(copy, "dvc", "repro")
