@@ -1,7 +1,6 @@
 """Settings, paths and the reading of artifacts: what a user meets before and after training."""
 
 import errno
-import shutil
 
 import numpy as np
 import pytest
@@ -18,11 +17,12 @@ def study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parameters = {
         "active": {"studies": ["tiny"], "losses": ["focal1"], "seeds": [0]},
+        "shared": {"protocol": {"momentum": 0.8}, "losses": {"focal1": {"gamma": 1.5, "reduction": "mean"}}},
         "studies": {
             "tiny": {
                 "data": {"dataset": "digits", "train": 10, "val": 5, "test": 5},
                 "training": {"network": "small_resnet", "epochs": 2, "milestones": [2]},
-                "losses": {"focal1": {"gamma": 1.5, "reduction": "mean"}},
+                "exceptions": {"focal1": {"clip": 7.0}},
             }
         },
     }
@@ -53,32 +53,46 @@ def test_a_saved_run_is_read_back(study):
     assert (paths.root() / "artifacts/tiny/provenance/focal1-0.json").is_file()
 
 
-def test_published_runs_are_found_where_there_are_no_own(study):
-    shutil.move("artifacts", "published")
-    assert len(runs.history("tiny")) == 2
-
-
-def test_loss_settings_win_over_the_studys(study):
+def test_later_blocks_of_params_win(study):
     training, special = settings.training("tiny", "focal1")
-    assert training.reduction == "mean" and training.momentum == 0.9 and special == {"gamma": 1.5}
+    assert (training.momentum, training.reduction, training.clip) == (0.8, "mean", 7) and special == {"gamma": 1.5}
+    study["studies"]["tiny"]["exceptions"]["focal1"] = {"gamma": 2, "momentum": 0.7}
+    (paths.root() / "params.yaml").write_text(yaml.safe_dump(study))
+    training, special = settings.training("tiny", "focal1")
+    assert (training.momentum, training.clip) == (0.7, 2) and special == {"gamma": 2}
+
+
+def test_the_same_results_again_keep_their_provenance(study):
+    record = paths.root() / "artifacts/tiny/provenance/focal1-0.json"
+    record.write_text("as it was")
+    file = paths.read_npz(paths.run("tiny", "focal1", 0) / "logits.npz")
+    logits = {split: (file[f"{split}_logits"], file[f"{split}_labels"]) for split in ("val", "test")}
+    history = [{"epoch": epoch, "test_nll": 1 / epoch} for epoch in (1, 2)]
+    model = networks.make("small_resnet", 3, 1, 0)
+    train.save("tiny", "focal1", 0, model, history, logits, ([1], np.ones((1, 10))), 9.0)
+    assert record.read_text() == "as it was"
+    history[0]["test_nll"] = 3.0
+    train.save("tiny", "focal1", 0, model, history, logits, ([1], np.ones((1, 10))), 9.0)
+    assert '"wall_seconds": 9.0' in record.read_text()
 
 
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        (
-            "studies.tiny.training.learning_rat",
-            0.1,
-            "training has no setting 'learning_rat'; it has: network",
-        ),
-        ("studies.tiny.training.learning_rate", -0.1, "learning_rate must be above 0, got -0.1"),
-        ("studies.tiny.training.epochs", 2.5, "epochs must be int"),
+        ("shared.protocol.learning_rat", 0.1, "shared.protocol has no setting 'learning_rat'; it has: network"),
+        ("studies.tiny.training.learning_rate", -0.1, "training.learning_rate must be above 0, got -0.1"),
+        ("studies.tiny.training.learning_rate", float("nan"), "learning_rate must be a finite number"),
+        ("studies.tiny.training.epochs", 2.5, "epochs must be a whole number"),
         ("studies.tiny.training.epochs", 0, "epochs must be above 0"),
-        ("studies.tiny.training.augment", "yes please", "augment must be bool"),
+        ("studies.tiny.training.augment", "yes please", "augment must be true or false"),
         ("studies.tiny.training.milestones", [5], r"milestones must be epochs in 2\.\.2"),
-        ("studies.tiny.losses.focal1.reduction", "total", "reduction must be sum or mean, got 'total'"),
-        ("studies.tiny.training", {"epochs": 3}, "studies.tiny.training lacks: network"),
-        ("studies.tiny.losses", {}, "Unknown loss 'focal1' in study 'tiny'"),
+        ("shared.losses.focal1.reduction", "total", "shared.losses.focal1.reduction must be sum or mean, got 'total'"),
+        (
+            "studies.tiny.training",
+            {"epochs": 3, "milestones": []},
+            "The training settings in params.yaml lack: network",
+        ),
+        ("shared.losses", {}, "Unknown loss 'focal1'"),
     ],
 )
 def test_bad_settings_are_named(study, path, value, words):

@@ -105,11 +105,13 @@ def test_the_next_source_is_tried_and_a_full_folder_asks_none(tmp_path, files, m
     assert calls == [tmp_path]
 
 
-def test_command_line_says_what_to_put_where(tmp_path):
+def test_the_command_line_says_what_to_put_where(tmp_path):
     (tmp_path / "dvc.yaml").touch()
-    code = "import runpy, focalcal.data as d; d.SOURCES.clear(); d.fetch(__import__('pathlib').Path('data'))"
+    code = "from focalcal import data; data.SOURCES = {'moon': lambda _: 'no ship'}; data.main()"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode != 0 and "set FOCALCAL_DATA to it and run this again" in run.stderr
+    assert run.returncode == 1 and run.stdout == "Not from moon: no ship.\n"
+    assert run.stderr.startswith("focalcal: No source of Fashion-MNIST could be used (no ship). Put train-images")
+    assert "set FOCALCAL_DATA to it and run this again" in run.stderr and "Traceback" not in run.stderr
 
 
 def test_prepare_draws_disjoint_seeded_sets():

@@ -172,8 +172,14 @@ def test_adafocal_survives_equal_confidences():
         ("focal3", {"gamma": "three"}, "must be a number"),
         ("label_smoothing", {"alpha": 1.5}, "alpha must lie in"),
         ("mmce", {"weight": -2}, "weight must be 0 or larger"),
+        ("focal3", {"gamma": float("inf")}, "gamma must be 0 or larger"),
+        ("focal3", {"gamma": [1, 2]}, "must be a number"),
+        ("flsd53", {"threshold": 5}, "threshold is a probability"),
         ("adafocal", {"gamma_min": 1}, "gamma_min < 0"),
+        ("adafocal", {"bins": 2.5}, "whole number of bins"),
+        ("adafocal", {"rate": -1}, "rate"),
         ("flsc531", {"gammas": [5, 3]}, "one gamma more"),
+        ("flsc531", {"gammas": 5}, "must be a list of numbers"),
     ],
 )
 def test_bad_settings_are_named(name, settings, words):

@@ -24,14 +24,16 @@ def texts(path):
 
 
 def test_parameters_folders_and_equal_bytes(folder):
-    write(folder / "a.ipynb", "print(x + 1)", "import sys; print('half way', file=sys.stderr); x", tags=["progress"])
+    write(
+        folder / "a.ipynb", "print(x + 1)", "import sys; print('half' + 'way', file=sys.stderr); x", tags=["progress"]
+    )
     for out in ("deep/er/one.ipynb", "two.ipynb"):
         notebook.main(["a.ipynb", out, "-p", "x", "41"])
     assert (folder / "deep/er/one.ipynb").read_bytes() == (folder / "two.ipynb").read_bytes()
     executed = nbformat.read(folder / "two.ipynb", 4)
     assert texts(folder / "two.ipynb")[0] == "42\n" and executed.cells[-1].outputs[-1]["data"]["text/plain"] == "41"
     text = (folder / "two.ipynb").read_text()
-    assert "half way" not in text and str(folder) not in text and "duration" not in text and "iopub" not in text
+    assert "halfway" not in text and str(folder) not in text and "duration" not in text and "iopub" not in text
     assert sorted(path.name for path in folder.iterdir()) == ["a.ipynb", "deep", "dvc.yaml", "two.ipynb"]
 
 
@@ -54,12 +56,23 @@ def test_stripping_forgets_what_jupyterlab_writes(folder):
     assert (folder / "out-clean/a.ipynb").read_bytes() != (folder / "out-touched/a.ipynb").read_bytes()
 
 
+def test_pieces_of_a_stream_are_joined_without_process_ids(folder):
+    write(
+        folder / "a.ipynb", "import warnings\nprint('a', flush=True)\nprint('b', flush=True)\nwarnings.warn('old')\nx"
+    )
+    notebook.main(["a.ipynb", "out.ipynb"])
+    outputs = nbformat.read(folder / "out.ipynb", 4).cells[-1].outputs
+    assert [output.get("name") for output in outputs] == ["stdout", "stderr", None]
+    assert outputs[0].text == "a\nb\n" and outputs[1].text.startswith("<cell>:4: UserWarning: old")
+
+
 @pytest.mark.parametrize(
     ("sources", "arguments", "words"),
     [
         (["x"], ["-p", "y", "1"], "a.ipynb has no parameter 'y'; it has: x"),
         (["raise ValueError('gamma must be 0 or larger')", "x"], [], "gamma must be 0 or larger [a.ipynb, cell 2"),
         (["1 / 0"], [], "ZeroDivisionError: division by zero"),
+        (["x"], ["-p", "x", "-3"], "Parameter 'x' of a.ipynb must be a whole number, 0 or larger, got '-3'"),
         (["import sys; sys.exit(0)", "x"], [], "stopped before its last cell"),
     ],
 )

@@ -32,7 +32,7 @@ def copy(tmp_path_factory):
     parameters["studies"]["tiny"] = {
         "data": {"dataset": "digits", "train": 300, "val": 100, "test": 200},
         "training": {"network": "small_resnet", "epochs": 3, "milestones": [2, 3], "augment": False},
-        "losses": {loss: {} for loss in LOSSES},
+        "exceptions": {},
     }
     (folder / "params.yaml").write_text(yaml.safe_dump(parameters))
     (folder / "data").mkdir()

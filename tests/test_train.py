@@ -41,7 +41,7 @@ def test_every_loss_trains_and_repeats_bit_for_bit(images, name):
 def test_training_learns(images):
     settings = Training("small_resnet", epochs=8, milestones=(6,), batch_size=32, learning_rate=0.02, augment=False)
     rows, _ = run(images, "cross_entropy", settings=settings)
-    assert rows[-1]["test_error"] < 0.1 < rows[0]["test_nll"]
+    assert rows[-1]["test_error"] < 0.1 and rows[-1]["train_nll"] < 0.5 * rows[0]["train_nll"]
 
 
 def test_losses_share_initial_weights_and_batches():
@@ -93,6 +93,15 @@ def test_crop_and_flip_by_hand():
     assert moved == [[0, 0, 0], [2, 3, 0], [5, 6, 0]]  # rows from one above, columns from one to the right
 
 
+def test_crop_and_flip_moves_all_channels_of_each_sample_alike():
+    images = torch.randint(0, 255, (5, 3, 8, 8), dtype=torch.uint8)
+    offsets, flips = torch.randint(0, 9, (5, 2)), torch.tensor([True, False, True, False, True])
+    moved = train.crop_and_flip(images, offsets, flips)
+    for image, (top, left), flip, result in zip(images, offsets.tolist(), flips, moved, strict=True):
+        window = nn.functional.pad(image, (4,) * 4)[:, top : top + 8, left : left + 8]
+        assert torch.equal(result, window.flip(2) if flip else window)
+
+
 def test_every_sample_is_seen_once_and_the_short_batch_is_kept(images):
     model = networks.make("small_resnet", 3, 1, 0)
     sizes = [len(labels) for _, labels in train.epoch_batches(images["train"], SETTINGS, 0, 1, model)]
@@ -137,3 +146,5 @@ def test_networks_by_name():
         assert networks.head(model).out_features == 7, name
     with pytest.raises(ValueError, match="Unknown network 'resnet9000'"):
         networks.make("resnet9000", 10, 3, 0)
+    with pytest.raises(ValueError, match="A seed must be a whole number"):
+        networks.make("small_resnet", 10, 3, -1)

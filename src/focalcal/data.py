@@ -49,7 +49,7 @@ def _copy_from(source: Path, folder: Path) -> str | None:
         found = [path for path in sorted(source.rglob(name)) if path.is_file()]
         if not found:
             return f"{name} is not in {source}"
-        content = canonical(name, found[0].read_bytes())
+        content = next(filter(None, (canonical(name, path.read_bytes()) for path in found)), None)
         if content is None:
             return f"{found[0]} is corrupted or incomplete (its MD5 is not the published one)"
         with paths.atomic(folder / name) as part:
@@ -67,12 +67,15 @@ def _from_environment(folder: Path) -> str | None:
 def _from_mirrors(folder: Path) -> str | None:
     from torchvision.datasets import FashionMNIST
 
-    socket.setdefaulttimeout(20)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # seconds; torchvision sets none
     with tempfile.TemporaryDirectory() as scratch:
         try:
             FashionMNIST(scratch, download=True)
         except Exception as problem:  # torchvision raises RuntimeError, urllib's errors or its own, by version
             return f"torchvision's mirrors: {' '.join(str(problem).split())}"
+        finally:
+            socket.setdefaulttimeout(before)
         return _copy_from(Path(scratch), folder)
 
 
@@ -130,6 +133,7 @@ def fetch(folder: Path) -> None:
         if problem is None:
             print(f"Fashion-MNIST copied into {folder} from {source}, all four files verified.")
             return
+        print(f"Not from {source}: {problem}.")
         failures.append(problem)
     raise FileNotFoundError(
         f"No source of Fashion-MNIST could be used ({'; '.join(failures)}). Put {', '.join(FASHION_MNIST)} "
@@ -220,8 +224,13 @@ def prepare(settings: Data) -> dict[str, np.ndarray]:
     return arrays
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Fetch the default data set; see ``fetch``."""
     try:
         fetch(paths.root() / "data" / "fashion_mnist")
     except (OSError, ValueError) as problem:
         sys.exit(f"focalcal: {problem}")
+
+
+if __name__ == "__main__":
+    main()

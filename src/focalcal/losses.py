@@ -28,7 +28,7 @@ def _power(base: Tensor, gamma) -> Tensor:
 
 
 def _not_negative(name: str, value) -> None:
-    if not isinstance(value, Tensor) and not value >= 0:
+    if not isinstance(value, Tensor) and not 0 <= value < float("inf"):
         raise ValueError(f"{name} must be 0 or larger, got {value}.")
 
 
@@ -70,6 +70,8 @@ def flsd(logits: Tensor, labels: Tensor, gamma_low=5.0, gamma_high=3.0, threshol
     """
     _not_negative("flsd: gamma_low", gamma_low)
     _not_negative("flsd: gamma_high", gamma_high)
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"flsd: threshold is a probability, got {threshold}.")
     p = _log_p(logits, labels).detach().exp()
     return focal(logits, labels, torch.where(p < threshold, gamma_low, gamma_high))
 
@@ -97,8 +99,9 @@ def inverse_focal(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
 def mmce_weighted(logits: Tensor, labels: Tensor) -> Tensor:
     """MMCE_w of one batch, a scalar >= 0: the kernel calibration error [K, eq. 6], Laplacian kernel of width 0.4.
 
-    As in the code published with [M], each mean over pairs is divided by the number of pairs once more
-    (so the value is about 1/m^2 of the definition in [K]); 0 where the batch is all correct or all wrong.
+    As in the code published with [M], each mean over pairs is divided by the number of pairs once more, so the
+    value is smaller than the definition in [K] by about the size of the smaller group (correct or wrong). It is 0
+    where a group is empty.
     """
     confidence, predicted = F.softmax(logits, dim=1).max(dim=1)
     correct = (predicted == labels).to(confidence.dtype)
@@ -133,8 +136,8 @@ class ScheduledFocal(nn.Module):
 
     def __init__(self, gammas=(5.0, 3.0, 1.0), switches=(100 / 350, 250 / 350)):
         super().__init__()
-        if len(gammas) != len(switches) + 1 or list(switches) != sorted(switches):
-            raise ValueError("flsc531: one gamma more than switches is needed, and switches must rise.")
+        if len(gammas) != len(switches) + 1 or list(switches) != sorted(switches) or not 0 < min(switches) <= 1:
+            raise ValueError("flsc531: needs one gamma more than switches, and switches that rise from above 0 to 1.")
         for gamma in gammas:
             _not_negative("flsc531: gamma", gamma)
         self.gammas, self.switches = tuple(gammas), tuple(switches)
@@ -164,8 +167,12 @@ class AdaFocal(nn.Module):
 
     def __init__(self, bins=15, rate=1.0, gamma=1.0, gamma_max=20.0, gamma_min=-2.0, switch=0.2):
         super().__init__()
-        if not gamma_min < 0 < switch <= gamma_max or not gamma_min <= gamma <= gamma_max or bins < 1:
-            raise ValueError("adafocal: needs gamma_min < 0 < switch <= gamma_max, gamma between them, bins >= 1.")
+        if not gamma_min < 0 < switch <= gamma_max or not gamma_min <= gamma <= gamma_max:
+            raise ValueError("adafocal: needs gamma_min < 0 < switch <= gamma_max and gamma between them.")
+        if not isinstance(bins, int) or bins < 1 or not 0 <= rate < float("inf"):
+            raise ValueError(
+                f"adafocal: needs a whole number of bins and a rate of 0 or larger, got {bins} and {rate}."
+            )
         self.rate, self.gamma_max, self.gamma_min, self.switch = rate, gamma_max, gamma_min, switch
         self.register_buffer("gamma", torch.full((bins,), float(gamma)))
         self.register_buffer("edges", torch.linspace(0, 1, bins + 1))
@@ -181,22 +188,22 @@ class AdaFocal(nn.Module):
     def update(self, confidence: Tensor, correct: Tensor) -> None:
         """One step from the validation set: confidence (N,) in [0, 1] and correct (N,) in {0, 1}.
 
-        Bins hold equal numbers of samples; an empty bin (many equal confidences) keeps its gamma, though a
-        magnitude below ``switch`` still changes sign.
+        Bins hold equal numbers of samples, with edges as in the adaptive ECE; an empty bin (many equal
+        confidences) keeps its gamma. Computed on the CPU, so that every device adds up in the same order.
         """
+        confidence, correct = confidence.cpu().double(), correct.cpu().double()
         bins, n = len(self.gamma), len(confidence)
         if n < 1:
             raise ValueError("AdaFocal.update needs at least one validation sample.")
-        ordered = confidence.cpu().double().sort().values
+        ordered = confidence.sort().values
         where = torch.linspace(0, n, bins + 1, dtype=torch.float64).clamp_max(n - 1)
         low = where.floor().long()
         step = ordered[(low + 1).clamp_max(n - 1)] - ordered[low]
-        edges = (ordered[low] + (where - low) * step).to(self.edges)
-        bin_of = torch.bucketize(confidence.to(edges), edges[1:-1])
-        zeros = torch.zeros_like(self.gamma)
-        count = zeros.scatter_add(0, bin_of, torch.ones_like(confidence).to(zeros))
-        gap = zeros.scatter_add(0, bin_of, (confidence - correct).to(zeros)) / count.clamp_min(1)
-        new = self.gamma * torch.exp(self.rate * gap * torch.where(self.gamma > 0, 1.0, -1.0))
+        edges = (ordered[low] + (where - low) * step).float()
+        bin_of = torch.bucketize(confidence.float(), edges[1:-1])
+        gap = torch.bincount(bin_of, confidence - correct, bins) / torch.bincount(bin_of, minlength=bins).clamp_min(1)
+        old = self.gamma.cpu().double()
+        new = old * torch.exp(self.rate * gap * torch.where(old > 0, 1.0, -1.0))
         flipped = torch.where(new > 0, -self.switch, self.switch)
         new = torch.where(new.abs() < self.switch, flipped, new)
         self.gamma.copy_(new.clamp(self.gamma_min, self.gamma_max))
@@ -231,12 +238,16 @@ def make(name: str, **settings):
     """
     if name not in LOSSES:
         raise ValueError(f"Unknown loss '{name}'; choose one of: {', '.join(LOSSES)}.")
-    allowed = [p for p in inspect.signature(LOSSES[name]).parameters if p not in ("logits", "labels")]
+    allowed = {p.name: p.default for p in inspect.signature(LOSSES[name]).parameters.values()}
+    allowed = {setting: default for setting, default in allowed.items() if setting not in ("logits", "labels")}
     for setting, value in settings.items():
         if setting not in allowed:
             raise ValueError(f"Loss '{name}' has no setting '{setting}'; it has: {', '.join(allowed) or 'none'}.")
-        if not isinstance(value, (int, float, list, tuple)) or isinstance(value, bool):
-            raise ValueError(f"Setting '{setting}' of loss '{name}' must be a number, got {value!r}.")
+        many = isinstance(allowed[setting], tuple)
+        values = value if many and isinstance(value, list | tuple) else [value]
+        if many != isinstance(value, list | tuple) or not all(type(v) in (int, float) for v in values):
+            kind = "a list of numbers" if many else "a number"
+            raise ValueError(f"Setting '{setting}' of loss '{name}' must be {kind}, got {value!r}.")
     loss = LOSSES[name](**settings) if isinstance(LOSSES[name], type) else partial(LOSSES[name], **settings)
     if not isinstance(loss, nn.Module):
         loss(torch.zeros(2, 2), torch.zeros(2, dtype=torch.long))  # a bad value shows now, not hours later

@@ -30,7 +30,7 @@ class BasicBlock(nn.Module):
 
 
 def small_resnet(num_classes: int, in_channels: int = 3) -> nn.Module:
-    """Three residual blocks of 16, 32 and 64 channels behind a stride-2 stem: 76 thousand parameters.
+    """Three residual blocks of 16, 32 and 64 channels behind a stride-2 stem: 78 thousand parameters.
 
     The papers' networks in miniature (3x3 stem, no max-pool, batch normalisation, global average pooling,
     one linear head), sized so that a laptop trains it in seconds. The stride-2 stem is what makes it fast.
@@ -57,6 +57,8 @@ def make(name: str, num_classes: int, in_channels: int, seed: int) -> nn.Module:
     """The network called ``name`` with PyTorch's default initialisation drawn from ``seed`` (on the CPU)."""
     if name not in NETWORKS:
         raise ValueError(f"Unknown network '{name}'; choose one of: {', '.join(NETWORKS)}.")
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"A seed must be a whole number, 0 or larger, got {seed!r}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return NETWORKS[name](num_classes, in_channels).to(memory_format=torch.channels_last)

@@ -11,6 +11,7 @@ result into place without times, durations, paths and random ids: two runs give 
 import argparse
 import copy
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -33,14 +34,27 @@ def normalise(notebook, keep_outputs: bool):
         tags = cell.metadata.get("tags", [])
         cell.id = f"cell-{number}"
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
-        cell.pop("attachments", None) if cell.cell_type == "code" else None
         if cell.cell_type != "code":
             continue
         if not keep_outputs:
             cell.outputs, cell.execution_count = [], None
         if "progress" in tags:
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        cell.outputs = _join_streams(cell.outputs)
     return notebook
+
+
+def _join_streams(outputs: list) -> list:
+    """Outputs with neighbouring pieces of one stream joined (where they break is chance) and no process ids."""
+    joined = []
+    for output in outputs:
+        if output.output_type == "stream":
+            output.text = re.sub(r"\S*ipykernel_\d+/\d+\.py", "<cell>", output.text)
+            if joined and joined[-1].get("name") == output.name:
+                joined[-1].text += output.text
+                continue
+        joined.append(output)
+    return joined
 
 
 def strip(folder: Path, out: Path) -> None:
@@ -51,7 +65,7 @@ def strip(folder: Path, out: Path) -> None:
 
 
 def execute(notebook: Path, out: Path, parameters: dict) -> None:
-    """Run ``notebook`` with ``parameters`` and put the result at ``out``.
+    """Run ``notebook`` with ``parameters`` (texts, made numbers where the default is one); the result is ``out``.
 
     Raises ValueError for parameters that the notebook's parameters cell does not define, and RuntimeError, in
     one sentence, if a cell fails or the last one did not run; ``out`` is then left as it was and the failed
@@ -65,9 +79,16 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
     unknown = [name for name in parameters if name not in known]
     if unknown:
         raise ValueError(f"{notebook} has no parameter '{unknown[0]}'; it has: {', '.join(known) or 'none'}.")
+    for name, value in parameters.items():
+        if known[name]["default"].isdigit():
+            if not value.isdigit():
+                raise ValueError(
+                    f"Parameter '{name}' of {notebook} must be a whole number, 0 or larger, got '{value}'."
+                )
+            parameters[name] = int(value)
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's kernel, whatever the user installed
-    for knob in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):  # glibc keeps freed memory: a fifth less
-        os.environ.setdefault(knob, str(1 << 30))  # time per training epoch on a CPU, mostly page faults
+    for knob in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        os.environ.setdefault(knob, str(1 << 30))  # glibc then reuses memory; training on a CPU is 20 % faster
     with paths.atomic(out) as part:
         scratch = part.with_name(f".part-scratch-{part.name}")
         try:
@@ -92,7 +113,11 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(scratch, kept)
             reason = " ".join(str(failure.evalue).split())
-            name = "" if failure.ename in ("ValueError", "SystemExit") else f"{failure.ename}: "
+            name = (
+                ""
+                if failure.ename in ("ValueError", "SystemExit", "OSError", "FileNotFoundError")
+                else f"{failure.ename}: "
+            )
             where = f"{Path(notebook).name}, cell {failure.exec_count}"
             raise RuntimeError(f"{name}{reason} [{where}; the failed notebook is {kept}]") from failure
         finally:
@@ -107,11 +132,11 @@ def main(arguments=None) -> None:
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
     parser.add_argument("--strip", action="store_true", help="strip the notebooks of a folder into another")
     options = parser.parse_args(arguments)
-    if options.strip:
-        return strip(options.notebook, options.out)
     try:
-        parameters = {name: int(value) if value.lstrip("-").isdigit() else value for name, value in options.p}
-        execute(options.notebook, options.out, parameters)
+        if options.strip:
+            strip(options.notebook, options.out)
+        else:
+            execute(options.notebook, options.out, dict(options.p))
     except (ValueError, RuntimeError, OSError) as problem:
         sys.exit(f"focalcal: {problem}")
 

@@ -1,10 +1,13 @@
-"""Where things are, and how a file is written so that it is either whole or not there."""
+"""Where things are, and how files are read and written so that they are either whole or refused."""
 
 import errno
 import os
 import shutil
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 
 def root() -> Path:
@@ -17,14 +20,13 @@ def root() -> Path:
 
 
 def study(name: str) -> Path:
-    """Artifacts of a study: what this checkout ran, else what was published with it."""
-    own, published = root() / "artifacts" / name, root() / "published" / name
-    return published if not own.exists() and published.exists() else own
+    """Artifacts of a study."""
+    return root() / "artifacts" / name
 
 
 def prepared(name: str) -> Path:
     """Prepared data of a study, .npz."""
-    return root() / "artifacts" / name / "prepared.npz"
+    return study(name) / "prepared.npz"
 
 
 def run(name: str, loss: str, seed: int) -> Path:
@@ -57,3 +59,26 @@ def atomic(path: Path):
         ) from problem
     finally:
         part.unlink(missing_ok=True)
+
+
+def existing(path: Path) -> Path:
+    """The path, if there is a file; else FileNotFoundError that says how to get it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; `dvc repro` makes it, `make artifacts` fetches published ones.")
+    return path
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz file; ValueError, naming the file, if it is truncated or damaged."""
+    try:
+        with np.load(existing(path)) as file:
+            return {name: file[name] for name in file.files}
+    except (zipfile.BadZipFile, ValueError, EOFError) as problem:
+        advice = f"delete it and run `dvc checkout {path}` or `dvc repro`"
+        raise ValueError(f"{path} is truncated or damaged ({problem}); {advice}.") from problem
+
+
+def write_npz(path: Path, **arrays) -> None:
+    """Write arrays, uncompressed: equal arrays give equal bytes."""
+    with atomic(path) as part, open(part, "wb") as file:
+        np.savez(file, **arrays)

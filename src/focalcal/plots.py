@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from focalcal import paths
 
@@ -41,7 +42,6 @@ THEME = {  # for seaborn.set_theme(rc=THEME) in a notebook's set-up cell
     "axes.spines.top": False,
     "axes.spines.right": False,
     "grid.color": "#DDDDDD",
-    "svg.hashsalt": "focalcal",  # equal bytes from equal figures
 }
 
 
@@ -92,10 +92,10 @@ def divergence(ax, rows, split: str, milestones=()) -> None:
     """NLL and its correct and incorrect parts, and both softmax entropies, of one run's history rows."""
     kinds = {
         "nll": ("NLL", "#000000", "-"),
-        "nll_correct": ("NLL, correct", "#117733", "-"),
-        "nll_incorrect": ("NLL, incorrect", "#D55E00", "-"),
-        "entropy_correct": ("Entropy, correct", "#117733", ":"),
-        "entropy_incorrect": ("Entropy, incorrect", "#D55E00", ":"),
+        "nll_correct": ("NLL, correct", "#4D9221", "-"),
+        "nll_incorrect": ("NLL, incorrect", "#C51B7D", "-"),
+        "entropy_correct": ("Entropy, correct", "#4D9221", ":"),
+        "entropy_incorrect": ("Entropy, incorrect", "#C51B7D", ":"),
     }
     for key, (name, color, dashes) in kinds.items():
         ax.plot(rows.epoch, rows[f"{split}_{key}"], label=name, color=color, linestyle=dashes, linewidth=1.6)
@@ -152,7 +152,7 @@ def bin_gammas(ax, epochs, gammas) -> None:
 def sweep(ax, gammas, values, levels) -> None:
     """A metric over gamma, one line per split (values: split -> array), and other losses' levels as horizontals."""
     for (split, row), (marker, dashes) in zip(values.items(), (("o", "-"), ("s", "--")), strict=True):
-        ax.plot(gammas, row, marker=marker, linestyle=dashes, color="#3377BB", label=f"focal, {split}")
+        ax.plot(gammas, row, marker=marker, linestyle=dashes, color="#555555", label=f"focal, {split}")
     for loss, level in levels.items():
         ax.axhline(level, linewidth=1.3, **style(loss))
     ax.set(xlabel="γ")
@@ -166,6 +166,8 @@ def paired_bars(ax, names, before, after, colors, ylabel: str) -> None:
     ax.set_xticks(at, names, rotation=45, ha="right")
     ax.set(ylabel=ylabel)
     ax.grid(axis="x", visible=False)
+    handles = [Patch(facecolor="#555555", alpha=alpha, label=name) for alpha, name in ((0.4, "before"), (1, "after"))]
+    ax.legend(handles=handles, ncols=2, loc="upper center")
 
 
 def gradient_histograms(axes, norms, epochs) -> None:
@@ -173,7 +175,8 @@ def gradient_histograms(axes, norms, epochs) -> None:
 
     norms: loss -> (len(epochs), N). Norms below 1e-8 are drawn at 1e-8.
     """
-    bins = np.linspace(-8, 1.5, 60)
+    largest = max(values.max() for values in norms.values())
+    bins = np.linspace(-8, np.log10(max(largest, 1e-7)), 60)
     for ax, row, epoch in zip(axes, range(len(epochs)), epochs, strict=True):
         for loss, values in norms.items():
             logs = np.log10(np.maximum(values[row], 1e-8))
@@ -196,8 +199,15 @@ def gradient_histograms(axes, norms, epochs) -> None:
 def save(figure, study: str, notebook: str, name: str) -> None:
     """Write figures/<study>/<notebook>/<name>.png and .svg, free of dates: equal figures give equal bytes."""
     folder: Path = paths.figures(study, notebook)
-    with matplotlib.rc_context({"svg.hashsalt": THEME["svg.hashsalt"]}):
+    with matplotlib.rc_context({"svg.hashsalt": "focalcal"}):
         for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
             with paths.atomic(folder / f"{name}.{ending}") as part:
                 figure.savefig(part, format=ending, metadata=metadata, bbox_inches="tight")
-    plt.close(figure) if not matplotlib.is_interactive() else None
+    if not matplotlib.is_interactive():
+        plt.close(figure)
+
+
+def save_table(table, study: str, notebook: str, name: str, **options) -> None:
+    """Write figures/<study>/<notebook>/<name>.csv; options go to DataFrame.to_csv."""
+    with paths.atomic(paths.figures(study, notebook) / f"{name}.csv") as part:
+        table.to_csv(part, lineterminator="\n", **options)

@@ -1,5 +1,6 @@
 """The parameters of params.yaml: read, typed and checked before anything runs."""
 
+import math
 from dataclasses import MISSING, dataclass, fields
 from typing import Literal, get_args, get_origin
 
@@ -43,28 +44,34 @@ class Training:
         return self.learning_rate * 0.1 ** sum(epoch >= m for m in self.milestones)
 
 
-def _build(kind, values: dict, where: str):
+def _build(kind, values: dict, where: dict | str):
+    """A ``kind`` from ``values``; where: the place in params.yaml of every value, or of all of them."""
     known = {f.name: f for f in fields(kind)}
+    places = where if isinstance(where, dict) else dict.fromkeys(values, where)
     for name, value in values.items():
         if name not in known:
-            raise ValueError(f"{where} has no setting '{name}'; it has: {', '.join(known)}.")
-        wanted = known[name].type
+            raise ValueError(f"{places[name]} has no setting '{name}'; it has: {', '.join(known)}.")
+        wanted, place = known[name].type, f"{places[name]}.{name}"
+        number = isinstance(value, int | float) and not isinstance(value, bool)
         if get_origin(wanted) is Literal:
             fits, wanted = value in get_args(wanted), " or ".join(get_args(wanted))
         elif wanted is tuple:
             fits, wanted = isinstance(value, list | tuple), "a list"
         elif wanted is float:
-            fits, wanted = isinstance(value, int | float) and not isinstance(value, bool), "a number"
+            fits, wanted = number and math.isfinite(value), "a finite number"
         else:
-            fits, wanted = type(value) is wanted, wanted.__name__
+            fits, wanted = (
+                type(value) is wanted,
+                {"int": "a whole number", "bool": "true or false"}.get(wanted.__name__, "a name"),
+            )
         if not fits:
-            raise ValueError(f"{where}.{name} must be {wanted}, got {value!r}.")
+            raise ValueError(f"{place} must be {wanted}, got {value!r}.")
         positive = name not in ("momentum", "weight_decay", "seed")
-        if isinstance(value, int | float) and not isinstance(value, bool) and (value < 0 or positive and value == 0):
-            raise ValueError(f"{where}.{name} must be {'above 0' if positive else '0 or larger'}, got {value}.")
+        if number and (value < 0 or positive and value == 0):
+            raise ValueError(f"{place} must be {'above 0' if positive else '0 or larger'}, got {value}.")
     missing = [n for n, f in known.items() if f.default is MISSING and n not in values]
     if missing:
-        raise ValueError(f"{where} lacks: {', '.join(missing)}.")
+        raise ValueError(f"The {kind.__name__.lower()} settings in params.yaml lack: {', '.join(missing)}.")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -88,13 +95,25 @@ def data(study: str) -> Data:
 def training(study: str, loss: str) -> tuple[Training, dict]:
     """Training settings of a study for one loss, and that loss's own settings.
 
-    What params.yaml lists under ``losses.<loss>`` wins over ``training``; names that are no training setting
-    belong to the loss function.
+    Later blocks win: shared.protocol, the study's training, shared.losses.<loss>, the study's exceptions for the
+    loss. In the last two, names that are no training setting belong to the loss function.
     """
-    entry = _study(study)
-    if loss not in entry["losses"]:
-        raise ValueError(f"Unknown loss '{loss}' in study '{study}'; it lists: {', '.join(entry['losses'])}.")
-    special = entry["losses"][loss] or {}
-    names = {f.name for f in fields(Training)}
-    merged = entry["training"] | {k: v for k, v in special.items() if k in names}
-    return _build(Training, merged, f"studies.{study}.training"), {k: v for k, v in special.items() if k not in names}
+    entry, shared = _study(study), params()["shared"]
+    if loss not in shared["losses"]:
+        raise ValueError(
+            f"Unknown loss '{loss}'; params.yaml lists under shared.losses: {', '.join(shared['losses'])}."
+        )
+    blocks = {
+        "shared.protocol": shared["protocol"],
+        f"studies.{study}.training": entry["training"],
+        f"shared.losses.{loss}": shared["losses"][loss] or {},
+        f"studies.{study}.exceptions.{loss}": (entry.get("exceptions") or {}).get(loss) or {},
+    }
+    names, merged, where, special = {f.name for f in fields(Training)}, {}, {}, {}
+    for number, (place, block) in enumerate(blocks.items()):
+        for name, value in block.items():
+            if name in names or number < 2:
+                merged[name], where[name] = value, place
+            else:
+                special[name] = value
+    return _build(Training, merged, where), special

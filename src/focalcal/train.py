@@ -12,7 +12,6 @@ import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -156,6 +155,7 @@ def train(model: nn.Module, data: dict[str, Split], loss, settings: Training, se
     """
     train_set, parameters = data["train"], list(model.parameters())
     on = train_set.labels.device
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     if isinstance(loss, nn.Module):
         loss.to(on)
     optimizer = torch.optim.SGD(
@@ -163,7 +163,6 @@ def train(model: nn.Module, data: dict[str, Split], loss, settings: Training, se
         lr=settings.learning_rate,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
-        foreach=True,
     )
     for epoch in range(1, settings.epochs + 1):
         if hasattr(loss, "start_epoch"):
@@ -176,7 +175,7 @@ def train(model: nn.Module, data: dict[str, Split], loss, settings: Training, se
             batch_loss = per_sample.sum() if settings.reduction == "sum" else per_sample.mean()
             optimizer.zero_grad()
             batch_loss.backward()
-            gradient_norms.append(nn.utils.clip_grad_norm_(parameters, settings.clip, foreach=True))
+            gradient_norms.append(nn.utils.clip_grad_norm_(parameters, settings.clip))
             optimizer.step()
             batch_losses.append(per_sample.detach().mean())
         batch_losses = torch.stack(batch_losses)
@@ -191,7 +190,7 @@ def train(model: nn.Module, data: dict[str, Split], loss, settings: Training, se
             row |= {f"{name}_{key}": float(value) for key, value in metrics.summary(logits, labels).items()}
             if name == "val" and hasattr(loss, "update"):
                 confidence, correct = metrics.confidence_correct(logits, labels)
-                loss.update(torch.from_numpy(confidence).to(on), torch.from_numpy(correct).to(on, torch.float32))
+                loss.update(torch.from_numpy(confidence), torch.from_numpy(correct).float())
         if hasattr(loss, "log"):
             row |= loss.log()
         yield row
@@ -233,21 +232,22 @@ def save(study: str, loss: str, seed: int, model: nn.Module, history, logits, gr
     """Write a finished training: history.csv, logits.npz, gradients.npz, weights and provenance.
 
     history: rows of ``train``; logits: split -> ((N, K) float32, (N,) int64); gradients: (epochs, norms (epochs, N)).
+    Provenance already there is kept if the results are the same, byte for byte.
     """
-    folder, study_folder = paths.run(study, loss, seed), paths.root() / "artifacts" / study
+    folder, study_folder = paths.run(study, loss, seed), paths.study(study)
+    results = (folder / "history.csv", folder / "logits.npz")
+    before = [path.read_bytes() for path in results if path.is_file()]
     with paths.atomic(folder / "history.csv") as part, open(part, "w", newline="") as file:
         writer = csv.DictWriter(file, history[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: f"{value:.9g}" for key, value in row.items()} for row in history)
     arrays = {f"{split}_logits": pair[0] for split, pair in logits.items()}
-    _savez(folder / "logits.npz", **arrays, **{f"{split}_labels": pair[1] for split, pair in logits.items()})
-    _savez(folder / "gradients.npz", epochs=np.array(gradients[0]), norms=gradients[1])
+    paths.write_npz(folder / "logits.npz", **arrays, **{f"{split}_labels": pair[1] for split, pair in logits.items()})
+    paths.write_npz(folder / "gradients.npz", epochs=np.array(gradients[0]), norms=gradients[1])
     with paths.atomic(study_folder / "models" / f"{loss}-{seed}.safetensors") as part:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, part)
-    with paths.atomic(study_folder / "provenance" / f"{loss}-{seed}.json") as part:
+    record = study_folder / "provenance" / f"{loss}-{seed}.json"
+    if record.is_file() and before == [path.read_bytes() for path in results]:
+        return  # the same results again, say from a notebook run by hand: DVC need not see a change
+    with paths.atomic(record) as part:
         part.write_text(json.dumps(provenance(seconds, next(model.parameters()).device), indent=2) + "\n")
-
-
-def _savez(path: Path, **arrays) -> None:
-    with paths.atomic(path) as part, open(part, "wb") as file:
-        np.savez(file, **arrays)
