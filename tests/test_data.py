@@ -115,7 +115,7 @@ def test_the_command_line_says_what_to_put_where(tmp_path):
 
 
 def test_prepare_draws_disjoint_seeded_sets():
-    settings = Data("digits", train=600, val=200, test=300, seed=4)
+    settings = Data(dataset="digits", train=600, val=200, test=300, seed=4)
     arrays, again = data.prepare(settings), data.prepare(settings)
     assert {s: len(arrays[f"{s}_labels"]) for s in ("train", "val", "test")} == {"train": 600, "val": 200, "test": 300}
     assert not set(arrays["train_index"]) & set(arrays["val_index"])
@@ -123,7 +123,7 @@ def test_prepare_draws_disjoint_seeded_sets():
     pixels = arrays["train_images"] / 255
     assert (pixels - arrays["mean"]).mean() == pytest.approx(0, abs=1e-9)
     assert ((pixels - arrays["mean"]) / arrays["std"]).std() == pytest.approx(1)
-    everything = data.prepare(Data("digits", train=800, val=200, test=797))
+    everything = data.prepare(Data(dataset="digits", train=800, val=200, test=797))
     assert np.array_equal(everything["test_labels"], data.digits()["test_labels"])
 
 
@@ -132,12 +132,12 @@ def test_the_split_is_that_of_the_published_code():
     np.random.seed(1)
     indices = list(range(1000))
     np.random.shuffle(indices)
-    arrays = data.prepare(Data("digits", train=900, val=100, test=797, seed=1))
+    arrays = data.prepare(Data(dataset="digits", train=900, val=100, test=797, seed=1))
     assert arrays["val_index"].tolist() == indices[:100] and arrays["train_index"].tolist() == indices[100:]
 
 
 def test_bad_requests_are_named():
     with pytest.raises(ValueError, match="Unknown data set 'imagenet'; choose one of: fashion_mnist"):
-        data.prepare(Data("imagenet", 1, 1, 1))
+        data.prepare(Data(dataset="imagenet", train=1, val=1, test=1))
     with pytest.raises(ValueError, match="digits has 1000 training"):
-        data.prepare(Data("digits", 1000, 1, 10))
+        data.prepare(Data(dataset="digits", train=1000, val=1, test=10))

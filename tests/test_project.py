@@ -37,7 +37,7 @@ def test_requirements_are_pinned_hashed_and_name_no_host():
 
 
 def test_the_parameters_name_what_exists():
-    shared, known = PARAMS["shared"], Training.__dataclass_fields__
+    shared, known = PARAMS["shared"], Training.model_fields
     assert set(PARAMS["active"]["losses"]) <= set(shared["losses"]) <= set(losses.LOSSES)
     assert set(PARAMS["active"]["studies"]) <= set(PARAMS["studies"])
     for name, special in shared["losses"].items():

@@ -6,7 +6,7 @@ from torch import nn
 from focalcal import losses, networks, train
 from focalcal.settings import Training
 
-SETTINGS = Training("small_resnet", epochs=3, milestones=(2, 3), batch_size=64, augment=True)
+SETTINGS = Training(network="small_resnet", epochs=3, milestones=[2, 3], batch_size=64, augment=True)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,9 @@ def test_every_loss_trains_and_repeats_bit_for_bit(images, name):
 
 
 def test_training_learns(images):
-    settings = Training("small_resnet", epochs=8, milestones=(6,), batch_size=32, learning_rate=0.02, augment=False)
+    settings = Training(
+        network="small_resnet", epochs=8, milestones=[6], batch_size=32, learning_rate=0.02, augment=False
+    )
     rows, _ = run(images, "cross_entropy", settings=settings)
     assert rows[-1]["test_error"] < 0.1 and rows[-1]["train_nll"] < 0.5 * rows[0]["train_nll"]
 
@@ -57,7 +59,7 @@ def test_losses_share_initial_weights_and_batches():
 def test_the_first_step_is_clipped_sgd_on_the_sum(images):
     """One batch, by hand: w - lr * (clipped gradient of the summed loss + decay * w)."""
     one = {**images, "train": train.Split(*slice_of(images["train"], 40))}
-    settings = Training("small_resnet", epochs=1, milestones=(), batch_size=64, clip=0.5, augment=False)
+    settings = Training(network="small_resnet", epochs=1, milestones=[], batch_size=64, clip=0.5, augment=False)
     model, reference = (networks.make("small_resnet", 3, 1, 0) for _ in range(2))
     reference.train()
     order = train.epoch_randomness(0, 1, 40)[0]
@@ -78,7 +80,7 @@ def slice_of(split, n):
 
 
 def test_learning_rate_lasts_149_100_and_101_epochs():
-    rates = [round(Training("small_resnet").learning_rate_at(epoch), 6) for epoch in range(1, 351)]
+    rates = [round(Training(network="small_resnet").learning_rate_at(epoch), 6) for epoch in range(1, 351)]
     assert [rates.count(rate) for rate in (0.1, 0.01, 0.001)] == [149, 100, 101]
 
 
@@ -126,7 +128,7 @@ def test_adafocal_moves_its_gammas_and_logs_them(images):
 
 
 def test_divergence_stops_with_epoch_step_and_advice(images):
-    settings = Training("small_resnet", epochs=3, milestones=(), learning_rate=1e30, clip=1e30, augment=False)
+    settings = Training(network="small_resnet", epochs=3, milestones=[], learning_rate=1e30, clip=1e30, augment=False)
     with pytest.raises(FloatingPointError, match=r"epoch \d, step \d+, at learning rate 1e\+30; lower learning_rate"):
         run(images, "cross_entropy", settings=settings)
 

@@ -1,78 +1,71 @@
 """The parameters of params.yaml: read, typed and checked before anything runs."""
 
-import math
-from dataclasses import MISSING, dataclass, fields
-from typing import Literal, get_args, get_origin
+from typing import Annotated, Literal
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, ValidationInfo, field_validator
 
 from focalcal import paths
 
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-@dataclass(frozen=True)
-class Data:
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Data(_Settings):
     """Which images a study sees."""
 
     dataset: str  # a name in data.DATASETS
-    train: int  # samples to train on
-    val: int  # samples held out of the published training set; temperatures and AdaFocal's gammas come from them
-    test: int  # samples of the published test set; all of them for every number that is quoted
-    seed: int = 1  # of the draw of train and val; the papers use 1
+    train: PositiveInt  # samples to train on
+    val: PositiveInt  # samples held out of the published training set, for temperatures and AdaFocal's gammas
+    test: PositiveInt  # samples of the published test set; all of them for every number that is quoted
+    seed: Annotated[int, Field(ge=0)] = 1  # of the draw of train and val; the papers use 1
 
 
-@dataclass(frozen=True)
-class Training:
+class Training(_Settings):
     """How a study trains. Defaults: Mukhoti et al. 2020, their published code."""
 
     network: str  # a name in networks.NETWORKS
-    epochs: int = 350
-    milestones: tuple = (150, 250)  # epochs, counted from 1, from which on the learning rate is 10 x lower
-    batch_size: int = 128  # samples
-    learning_rate: float = 0.1  # of SGD
-    momentum: float = 0.9  # no Nesterov
-    weight_decay: float = 5e-4
+    epochs: PositiveInt = 350
+    milestones: list[PositiveInt] = [150, 250]  # epochs, counted from 1, from which on the learning rate is 10 x lower
+    batch_size: PositiveInt = 128  # samples
+    learning_rate: Positive = 0.1  # of SGD
+    momentum: NotNegative = 0.9  # no Nesterov
+    weight_decay: NotNegative = 5e-4
     reduction: Literal["sum", "mean"] = "sum"  # of the batch loss
-    clip: float = 2.0  # largest gradient norm (L2, all parameters)
+    clip: Positive = 2.0  # largest gradient norm (L2, all parameters)
     augment: bool = True  # random crop after 4 pixels of zero padding, and horizontal flip
 
-    def __post_init__(self):
-        if not all(isinstance(m, int) and 1 < m <= self.epochs for m in self.milestones):
-            raise ValueError(f"milestones must be epochs in 2..{self.epochs}, got {list(self.milestones)}.")
+    @field_validator("milestones")
+    @classmethod
+    def _within_training(cls, milestones, info: ValidationInfo):
+        if any(milestone > info.data.get("epochs", milestone) for milestone in milestones):
+            raise ValueError(f"input should be epochs up to {info.data['epochs']}")
+        return milestones
 
     def learning_rate_at(self, epoch: int) -> float:
         """Learning rate of an epoch, counted from 1."""
         return self.learning_rate * 0.1 ** sum(epoch >= m for m in self.milestones)
 
 
-def _build(kind, values: dict, where: dict | str):
-    """A ``kind`` from ``values``; where: the place in params.yaml of every value, or of all of them."""
-    known = {f.name: f for f in fields(kind)}
-    places = where if isinstance(where, dict) else dict.fromkeys(values, where)
-    for name, value in values.items():
-        if name not in known:
-            raise ValueError(f"{places[name]} has no setting '{name}'; it has: {', '.join(known)}.")
-        wanted, place = known[name].type, f"{places[name]}.{name}"
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if get_origin(wanted) is Literal:
-            fits, wanted = value in get_args(wanted), " or ".join(get_args(wanted))
-        elif wanted is tuple:
-            fits, wanted = isinstance(value, list | tuple), "a list"
-        elif wanted is float:
-            fits, wanted = number and math.isfinite(value), "a finite number"
-        else:
-            fits, wanted = (
-                type(value) is wanted,
-                {"int": "a whole number", "bool": "true or false"}.get(wanted.__name__, "a name"),
-            )
-        if not fits:
-            raise ValueError(f"{place} must be {wanted}, got {value!r}.")
-        positive = name not in ("momentum", "weight_decay", "seed")
-        if number and (value < 0 or positive and value == 0):
-            raise ValueError(f"{place} must be {'above 0' if positive else '0 or larger'}, got {value}.")
-    missing = [n for n, f in known.items() if f.default is MISSING and n not in values]
-    if missing:
-        raise ValueError(f"The {kind.__name__.lower()} settings in params.yaml lack: {', '.join(missing)}.")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+def _build(kind, values: dict, where: dict):
+    """A ``kind`` from ``values``, or ValueError in one sentence; where: each value's block in params.yaml."""
+    try:
+        return kind(**values)
+    except ValidationError as problems:
+        first = problems.errors()[0]
+        name = str(first["loc"][0])
+        if first["type"] == "missing":
+            raise ValueError(f"The {kind.__name__.lower()} settings in params.yaml lack '{name}'.") from None
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(kind.model_fields)
+            raise ValueError(f"{where[name]} has no setting '{name}'; it has: {known}.") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        reason = reason[0].lower() + reason[1:]
+        raise ValueError(f"{where[name]}.{name}: {reason}, got {first['input']!r}.") from None
 
 
 def params() -> dict:
@@ -89,7 +82,8 @@ def _study(name: str) -> dict:
 
 def data(study: str) -> Data:
     """Data settings of a study. Raises ValueError, in one sentence, for anything unknown, missing or misfit."""
-    return _build(Data, _study(study)["data"], f"studies.{study}.data")
+    values = _study(study)["data"]
+    return _build(Data, values, dict.fromkeys(values, f"studies.{study}.data"))
 
 
 def training(study: str, loss: str) -> tuple[Training, dict]:
@@ -109,7 +103,7 @@ def training(study: str, loss: str) -> tuple[Training, dict]:
         f"shared.losses.{loss}": shared["losses"][loss] or {},
         f"studies.{study}.exceptions.{loss}": (entry.get("exceptions") or {}).get(loss) or {},
     }
-    names, merged, where, special = {f.name for f in fields(Training)}, {}, {}, {}
+    names, merged, where, special = Training.model_fields, {}, {}, {}
     for number, (place, block) in enumerate(blocks.items()):
         for name, value in block.items():
             if name in names or number < 2:
