@@ -56,14 +56,14 @@ def test_stripping_forgets_what_jupyterlab_writes(folder):
     assert (folder / "out-clean/a.ipynb").read_bytes() != (folder / "out-touched/a.ipynb").read_bytes()
 
 
-def test_pieces_of_a_stream_are_joined_without_process_ids(folder):
-    write(
-        folder / "a.ipynb", "import warnings\nprint('a', flush=True)\nprint('b', flush=True)\nwarnings.warn('old')\nx"
-    )
+def test_outputs_hold_nothing_that_changes_from_run_to_run(folder):
+    lines = ("import warnings", "print('a', flush=True)", "print('b', flush=True)", "warnings.warn('old')", "object()")
+    write(folder / "a.ipynb", "\n".join(lines))
     notebook.main(["a.ipynb", "out.ipynb"])
     outputs = nbformat.read(folder / "out.ipynb", 4).cells[-1].outputs
     assert [output.get("name") for output in outputs] == ["stdout", "stderr", None]
     assert outputs[0].text == "a\nb\n" and outputs[1].text.startswith("<cell>:4: UserWarning: old")
+    assert outputs[2].data["text/plain"] == "<object>"
 
 
 @pytest.mark.parametrize(

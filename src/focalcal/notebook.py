@@ -40,21 +40,29 @@ def normalise(notebook, keep_outputs: bool):
             cell.outputs, cell.execution_count = [], None
         if "progress" in tags:
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-        cell.outputs = _join_streams(cell.outputs)
+        cell.outputs = _settled(cell.outputs)
     return notebook
 
 
-def _join_streams(outputs: list) -> list:
-    """Outputs with neighbouring pieces of one stream joined (where they break is chance) and no process ids."""
+def _settled(outputs: list) -> list:
+    """Outputs with neighbouring pieces of one stream joined, since where they break is chance, and anonymous."""
     joined = []
     for output in outputs:
-        if output.output_type == "stream":
-            output.text = re.sub(r"\S*ipykernel_\d+/\d+\.py", "<cell>", output.text)
-            if joined and joined[-1].get("name") == output.name:
-                joined[-1].text += output.text
-                continue
-        joined.append(output)
+        if joined and output.output_type == "stream" and joined[-1].get("name") == output.name:
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    for output in joined:
+        if "text" in output:
+            output.text = _anonymous(output.text)
+        elif "text/plain" in output.get("data", {}):
+            output.data["text/plain"] = _anonymous(output.data["text/plain"])
     return joined
+
+
+def _anonymous(text: str) -> str:
+    """The text without process ids and memory addresses."""
+    return re.sub(r" at 0x[0-9a-f]+", "", re.sub(r"\S*ipykernel_\d+/\d+\.py", "<cell>", text))
 
 
 def strip(folder: Path, out: Path) -> None:
