@@ -109,7 +109,7 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
                 progress_bar=False,
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
-                extra_arguments=["--IPKernelApp.log_level=ERROR"],  # no warning about the local socket
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # nothing about sockets and shutdown
             )
             executed = nbformat.read(scratch, 4)
             code = [cell for cell in executed.cells if cell.cell_type == "code" and cell.source.strip()]
