@@ -30,7 +30,7 @@ test: $(READY)
 	python -m pytest
 
 lab: $(READY)
-	jupyter lab --notebook-dir notebooks
+	jupyter lab --notebook-dir notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 strip: $(READY)
 	python -m focalcal.notebook --strip notebooks notebooks
