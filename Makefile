@@ -37,7 +37,7 @@ strip: $(READY)
 
 lock: $(READY)
 	pip install --quiet uv
-	uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --extra test \
+	uv pip compile --quiet --universal --generate-hashes --extra test \
 		--custom-compile-command "make lock" pyproject.toml --output-file requirements.txt --upgrade
 
 clean:
