@@ -73,7 +73,7 @@ def _from_mirrors(folder: Path) -> str | None:
         try:
             FashionMNIST(scratch, download=True)
         except Exception as problem:  # torchvision raises RuntimeError, urllib's errors or its own, by version
-            return f"torchvision's mirrors: {' '.join(str(problem).split())}"
+            return " ".join(str(problem).split())
         finally:
             socket.setdefaulttimeout(before)
         return _copy_from(Path(scratch), folder)
@@ -98,8 +98,8 @@ def _from_debian(folder: Path) -> str | None:
             if files:
                 break
         else:
-            reason = (results[-1].stderr or "no reason given").strip().splitlines()[-1]
-            return f"Debian's package {package}: {reason}"
+            reason = results[-1].stderr.strip().splitlines() or ["apt-get gave no reason"]
+            return f"{package}: {reason[-1]}"
         unpacked = Path(scratch) / "unpacked"
         done = subprocess.run(["dpkg-deb", "-x", files[0], unpacked], capture_output=True, text=True)
         return done.stderr.strip() if done.returncode else _copy_from(unpacked, folder)

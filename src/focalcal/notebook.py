@@ -22,6 +22,7 @@ import nbformat  # noqa: E402
 
 from focalcal import paths  # noqa: E402
 
+SPEAKING = ("ValueError", "SystemExit", "OSError", "FileNotFoundError")  # their message says it all
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 
 
@@ -121,11 +122,7 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(scratch, kept)
             reason = " ".join(str(failure.evalue).split())
-            name = (
-                ""
-                if failure.ename in ("ValueError", "SystemExit", "OSError", "FileNotFoundError")
-                else f"{failure.ename}: "
-            )
+            name = "" if failure.ename in SPEAKING else f"{failure.ename}: "
             where = f"{Path(notebook).name}, cell {failure.exec_count}"
             raise RuntimeError(f"{name}{reason} [{where}; the failed notebook is {kept}]") from failure
         finally:
