@@ -1,6 +1,9 @@
 """Networks by name. Each entry of ``NETWORKS`` makes a module from (num_classes, in_channels=3).
 
-The classifier head is the last ``nn.Linear``; weight norms and gradient histograms are taken there.
+The classifier head is the last ``nn.Linear``; weight norms and gradient histograms are taken there. All end in
+global average pooling, so any input size from 28x28 upwards fits.
+Sources: [M] the code published with Mukhoti et al., NeurIPS 2020; [H] He et al., CVPR 2016; [Z] Zagoruyko and
+Komodakis, BMVC 2016; [D] Huang et al., CVPR 2017.
 """
 
 import torch
@@ -8,8 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class Head(nn.Linear):
+    """The classifier: a linear layer that keeps its weights' precision under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut (He et al. 2016), projected by 1x1 where the shape changes."""
+    """Two 3x3 convolutions around a shortcut [H], projected by 1x1 where the shape changes."""
 
     def __init__(self, channels_in: int, channels: int, stride: int):
         super().__init__()
@@ -29,32 +40,107 @@ class BasicBlock(nn.Module):
         return F.relu(y, inplace=True)
 
 
+def _three_stages(num_classes: int, in_channels: int, width: int, blocks: int, stem_stride: int = 1) -> nn.Sequential:
+    """A 3x3 stem of 16 channels, then stages of width, 2 width and 4 width channels, each of so many blocks."""
+    stem = [nn.Conv2d(in_channels, 16, 3, stem_stride, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
+    channels, body = 16, []
+    for stage in range(3):
+        for block in range(blocks):
+            stride = 2 if stage > 0 and block == 0 else 1
+            body.append(BasicBlock(channels, width << stage, stride))
+            channels = width << stage
+    return nn.Sequential(*stem, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), Head(channels, num_classes))
+
+
 def small_resnet(num_classes: int, in_channels: int = 3) -> nn.Module:
     """Three residual blocks of 16, 32 and 64 channels behind a stride-2 stem: 78 thousand parameters.
 
     The papers' networks in miniature (3x3 stem, no max-pool, batch normalisation, global average pooling,
     one linear head), sized so that a laptop trains it in seconds. The stride-2 stem is what makes it fast.
     """
-    return nn.Sequential(
-        nn.Conv2d(in_channels, 16, 3, 2, 1, bias=False),
-        nn.BatchNorm2d(16),
-        nn.ReLU(inplace=True),
-        BasicBlock(16, 16, 1),
-        BasicBlock(16, 32, 2),
-        BasicBlock(32, 64, 2),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(64, num_classes),
-    )
+    return _three_stages(num_classes, in_channels, width=16, blocks=1, stem_stride=2)
+
+
+def resnet20(num_classes: int, in_channels: int = 3) -> nn.Module:
+    """The CIFAR ResNet-20 of [H], with projected shortcuts: 0.27 million parameters."""
+    return _three_stages(num_classes, in_channels, width=16, blocks=3)
+
+
+def wide_resnet26_10(num_classes: int, in_channels: int = 3) -> nn.Module:
+    """Wide-ResNet-26-10 of [M] (after [Z], but normalised after each convolution): 36.5 million parameters."""
+    model = _three_stages(num_classes, in_channels, width=160, blocks=4)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # [M]
+    return model
+
+
+def _torchvision_resnet(block: str, layers: list[int], num_classes: int, in_channels: int, pooled: int = 1):
+    """torchvision's ResNet with a 3x3 stem of stride 1 and no max-pool, as [M] uses for small images."""
+    from torchvision.models import resnet  # slow to import, so only where it is used
+
+    model = resnet.ResNet(getattr(resnet, block), layers)
+    model.conv1 = nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False)
+    model.maxpool = nn.Identity()
+    model.avgpool = nn.AdaptiveAvgPool2d(pooled)
+    model.fc = Head(model.fc.in_features * pooled**2, num_classes)
+    return model
+
+
+def _default_initialisation(model: nn.Module) -> nn.Module:
+    """The model with PyTorch's own initialisation of convolutions, as in [M], instead of torchvision's."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.reset_parameters()
+    return model
+
+
+def resnet18(num_classes: int, in_channels: int = 3) -> nn.Module:
+    """ResNet-18 [H] for small images: 11.2 million parameters."""
+    return _default_initialisation(_torchvision_resnet("BasicBlock", [2, 2, 2, 2], num_classes, in_channels))
+
+
+def resnet50(num_classes: int, in_channels: int = 3) -> nn.Module:
+    """ResNet-50 [H] for small images, as in [M]: 23.5 million parameters."""
+    return _default_initialisation(_torchvision_resnet("Bottleneck", [3, 4, 6, 3], num_classes, in_channels))
+
+
+def resnet110(num_classes: int, in_channels: int = 3) -> nn.Module:
+    """What [M] calls ResNet-110: bottleneck blocks [3, 4, 26, 3], not the CIFAR network of [H]."""
+    return _default_initialisation(_torchvision_resnet("Bottleneck", [3, 4, 26, 3], num_classes, in_channels))
+
+
+def resnet50_tiny_imagenet(num_classes: int, in_channels: int = 3) -> nn.Module:
+    """The ResNet-50 that [M] uses on Tiny-ImageNet: pooled to 2x2, and initialised after He et al. 2015."""
+    return _torchvision_resnet("Bottleneck", [3, 4, 6, 3], num_classes, in_channels, pooled=2)
+
+
+def densenet121(num_classes: int, in_channels: int = 3) -> nn.Module:
+    """DenseNet-121 [D] for small images, as in [M]: 7.0 million parameters."""
+    from torchvision.models.densenet import DenseNet
+
+    model = DenseNet(growth_rate=32, block_config=(6, 12, 24, 16), num_init_features=64)
+    model.features.conv0 = nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False)
+    for name in ("norm0", "relu0", "pool0"):
+        setattr(model.features, name, nn.Identity())
+    model.classifier = Head(model.classifier.in_features, num_classes)
+    return _default_initialisation(model)
 
 
 NETWORKS = {
     "small_resnet": small_resnet,
+    "resnet20": resnet20,
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+    "resnet50_tiny_imagenet": resnet50_tiny_imagenet,
+    "resnet110": resnet110,
+    "wide_resnet26_10": wide_resnet26_10,
+    "densenet121": densenet121,
 }
 
 
 def make(name: str, num_classes: int, in_channels: int, seed: int) -> nn.Module:
-    """The network called ``name`` with PyTorch's default initialisation drawn from ``seed`` (on the CPU)."""
+    """The network called ``name``, its initial weights drawn from ``seed`` alone (on the CPU)."""
     if name not in NETWORKS:
         raise ValueError(f"Unknown network '{name}'; choose one of: {', '.join(NETWORKS)}.")
     if not isinstance(seed, int) or seed < 0:
