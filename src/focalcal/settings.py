@@ -23,6 +23,12 @@ class Data(_Settings):
     val: PositiveInt  # samples held out of the published training set, for temperatures and AdaFocal's gammas
     test: PositiveInt  # samples of the published test set; all of them for every number that is quoted
     seed: Annotated[int, Field(ge=0)] = 1  # of the draw of train and val; the papers use 1
+    mean: list[Positive] | None = None  # per channel, of pixel values in [0, 1]; by default measured on train
+    std: list[Positive] | None = None
+    test_mean: list[Positive] | None = None  # for the test set alone, by default the same
+    test_std: list[Positive] | None = None
+    per_class: bool = False  # draw val evenly from the classes
+    shifted: list[str] = []  # data sets from elsewhere that the networks are tried on, names in data.DATASETS
 
 
 class Training(_Settings):
@@ -38,6 +44,10 @@ class Training(_Settings):
     reduction: Literal["sum", "mean"] = "sum"  # of the batch loss
     clip: Positive = 2.0  # largest gradient norm (L2, all parameters)
     augment: bool = True  # random crop after 4 pixels of zero padding, and horizontal flip
+    # Ours, not the papers':
+    mode: Literal["auto", "exact", "fast"] = "auto"  # see train.py; auto: exact on a CPU, fast on a GPU
+    compiled: bool = False  # by torch.compile, in fast mode
+    evaluate_train_every: PositiveInt = 1  # epochs between evaluations of the training set (and at the last)
 
     @field_validator("milestones")
     @classmethod
@@ -51,6 +61,15 @@ class Training(_Settings):
         return self.learning_rate * 0.1 ** sum(epoch >= m for m in self.milestones)
 
 
+class Study(_Settings):
+    """A block under studies in params.yaml."""
+
+    data: dict  # settings of Data
+    training: dict  # settings of Training that hold for every loss
+    exceptions: dict[str, dict] = {}  # for single losses: settings of Training or of the loss
+    papers: dict[str, str] = {"dataset": "cifar10", "network": "resnet50"}  # what to show beside it (published.csv)
+
+
 def _build(kind, values: dict, where: dict):
     """A ``kind`` from ``values``, or ValueError in one sentence; where: each value's block in params.yaml."""
     try:
@@ -59,7 +78,8 @@ def _build(kind, values: dict, where: dict):
         first = problems.errors()[0]
         name = str(first["loc"][0])
         if first["type"] == "missing":
-            raise ValueError(f"The {kind.__name__.lower()} settings in params.yaml lack '{name}'.") from None
+            blocks = " and ".join(dict.fromkeys(where.values())) or f"the {kind.__name__.lower()} settings"
+            raise ValueError(f"'{name}' is missing in params.yaml; looked in {blocks}.") from None
         if first["type"] == "extra_forbidden":
             known = ", ".join(kind.model_fields)
             raise ValueError(f"{where[name]} has no setting '{name}'; it has: {known}.") from None
@@ -73,41 +93,56 @@ def params() -> dict:
     return yaml.safe_load((paths.root() / "params.yaml").read_text())
 
 
-def _study(name: str) -> dict:
+def _block(parent: dict, name: str, place: str) -> dict:
+    """parent[name], if that is a mapping; nothing at all counts as an empty one."""
+    block = {} if parent.get(name) is None else parent[name]
+    if not isinstance(block, dict):
+        raise ValueError(f"{place} in params.yaml must consist of 'name: value' settings, got {block!r}.")
+    return block
+
+
+def study(name: str) -> Study:
+    """The block of a study in params.yaml."""
     studies = params()["studies"]
     if name not in studies:
         raise ValueError(f"Unknown study '{name}'; params.yaml defines: {', '.join(studies)}.")
-    return studies[name]
+    values = _block(studies, name, f"studies.{name}")
+    return _build(Study, values, dict.fromkeys(values, f"studies.{name}"))
 
 
-def data(study: str) -> Data:
-    """Data settings of a study. Raises ValueError, in one sentence, for anything unknown, missing or misfit."""
-    values = _study(study)["data"]
-    return _build(Data, values, dict.fromkeys(values, f"studies.{study}.data"))
+def data(name: str) -> Data:
+    """Data settings of a study: its own over shared.datasets.<dataset>.
+
+    Raises ValueError, in one sentence, for anything unknown, missing or misfit; so does ``training``.
+    """
+    own, shared, place = study(name).data, params()["shared"].get("datasets", {}), "shared.datasets"
+    common = _block(shared, own.get("dataset"), f"{place}.{own.get('dataset')}")
+    where = dict.fromkeys(common, f"{place}.{own.get('dataset')}") | dict.fromkeys(own, f"studies.{name}.data")
+    return _build(Data, common | own, where)
 
 
-def training(study: str, loss: str) -> tuple[Training, dict]:
+def training(name: str, loss: str) -> tuple[Training, dict]:
     """Training settings of a study for one loss, and that loss's own settings.
 
     Later blocks win: shared.protocol, the study's training, shared.losses.<loss>, the study's exceptions for the
     loss. In the last two, names that are no training setting belong to the loss function.
     """
-    entry, shared = _study(study), params()["shared"]
+    entry, shared = study(name), params()["shared"]
     if loss not in shared["losses"]:
         raise ValueError(
             f"Unknown loss '{loss}'; params.yaml lists under shared.losses: {', '.join(shared['losses'])}."
         )
     blocks = {
-        "shared.protocol": shared["protocol"],
-        f"studies.{study}.training": entry["training"],
-        f"shared.losses.{loss}": shared["losses"][loss] or {},
-        f"studies.{study}.exceptions.{loss}": (entry.get("exceptions") or {}).get(loss) or {},
+        "shared.protocol": _block(shared, "protocol", "shared.protocol"),
+        f"studies.{name}.training": entry.training,
+        f"shared.losses.{loss}": _block(shared["losses"], loss, f"shared.losses.{loss}"),
+        f"studies.{name}.exceptions.{loss}": entry.exceptions.get(loss, {}),
     }
     names, merged, where, special = Training.model_fields, {}, {}, {}
     for number, (place, block) in enumerate(blocks.items()):
-        for name, value in block.items():
-            if name in names or number < 2:
-                merged[name], where[name] = value, place
+        for key, value in block.items():
+            if key in names or number < 2:
+                merged[key], where[key] = value, place
             else:
-                special[name] = value
+                special[key] = value
     return _build(Training, merged, where), special
