@@ -120,6 +120,22 @@ def classwise_ece(logits, labels, bins: int = BINS) -> float:
     return float(np.abs(np.bincount(index.ravel(), residual.ravel())).sum() / len(labels) / classes)
 
 
+def auroc(familiar, strange, score: str = "entropy") -> float:
+    """Chance that a strange sample scores higher than a familiar one, ties counting half (Mukhoti et al. 2020, sec. 5).
+
+    familiar, strange: logits (N, K) and (M, K); score: entropy of the softmax, or 'confidence' (its largest value,
+    less of it being stranger).
+    """
+    from sklearn.metrics import roc_auc_score
+
+    def strangeness(logits):
+        log_probs = log_softmax(np.asarray(logits, np.float64))
+        return -log_probs.max(axis=1) if score == "confidence" else -(np.exp(log_probs) * log_probs).sum(axis=1)
+
+    label = np.repeat([0, 1], [len(familiar), len(strange)])
+    return float(roc_auc_score(label, np.concatenate([strangeness(familiar), strangeness(strange)])))
+
+
 METRICS = {  # the order of the results table
     "error": error,
     "nll": nll,
@@ -131,10 +147,15 @@ METRICS = {  # the order of the results table
 }
 
 
+SUMMARY = ("nll", "nll_correct", "nll_incorrect", "entropy_correct", "entropy_incorrect", "error", "ece", "adaece")
+
+
 def summary(logits, labels) -> dict[str, float]:
-    """What history.csv keeps of a split: the NLL, its parts from correctly and wrongly classified samples
-    (each divided by all N, so that they add up), the mean softmax entropy in nats of either group (NaN where a
-    group is empty), error, ECE and adaptive ECE."""
+    """What history.csv keeps of a split, by the names of SUMMARY.
+
+    The NLL, its parts from correctly and wrongly classified samples (each divided by all N, so that they add up),
+    the mean softmax entropy in nats of either group (NaN where a group is empty), error, ECE and adaptive ECE.
+    """
     logits, labels = check(logits, labels)
     log_probs = log_softmax(logits)
     probs = np.exp(log_probs)
@@ -142,13 +163,14 @@ def summary(logits, labels) -> dict[str, float]:
     correct = logits.argmax(axis=1) == labels
     loss = -log_probs[np.arange(len(labels)), labels]
     entropy = -(probs * log_probs).sum(axis=1)
-    return {
-        "nll": loss.mean(),
-        "nll_correct": loss[correct].sum() / len(loss),
-        "nll_incorrect": loss[~correct].sum() / len(loss),
-        "entropy_correct": entropy[correct].mean() if correct.any() else np.nan,
-        "entropy_incorrect": entropy[~correct].mean() if not correct.all() else np.nan,
-        "error": 1 - correct.mean(),
-        "ece": calibration_error(confidence, correct, equal_width_edges()),
-        "adaece": calibration_error(confidence, correct, equal_mass_edges(confidence)),
-    }
+    values = (
+        loss.mean(),
+        loss[correct].sum() / len(loss),
+        loss[~correct].sum() / len(loss),
+        entropy[correct].mean() if correct.any() else np.nan,
+        entropy[~correct].mean() if not correct.all() else np.nan,
+        1 - correct.mean(),
+        calibration_error(confidence, correct, equal_width_edges()),
+        calibration_error(confidence, correct, equal_mass_edges(confidence)),
+    )
+    return dict(zip(SUMMARY, values, strict=True))

@@ -34,6 +34,11 @@ def run(name: str, loss: str, seed: int) -> Path:
     return study(name) / "runs" / loss / str(seed)
 
 
+def scratch() -> Path:
+    """Checkpoints of unfinished trainings; the environment variable FOCALCAL_SCRATCH names another folder."""
+    return Path(os.environ.get("FOCALCAL_SCRATCH") or root() / "scratch")
+
+
 def figures(name: str, notebook: str) -> Path:
     """Folder of the figures and tables of one analysis notebook; made if missing."""
     folder = root() / "figures" / name / notebook
@@ -49,6 +54,8 @@ def atomic(path: Path):
     part = path.with_name(f".part-{os.getpid()}-{path.name}")
     try:
         yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())  # the content reaches the disk before the name does, power or no power
         os.replace(part, path)
     except OSError as problem:
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT):

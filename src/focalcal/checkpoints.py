@@ -1,0 +1,65 @@
+"""Checkpoints: what lets a killed training go on from its last finished epoch, and only one process train it."""
+
+import json
+import shutil
+import sys
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors.torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from focalcal import paths
+
+KEPT = 2  # the newest one, and one to fall back on
+
+
+@contextmanager
+def claim(study: str, loss: str, seed: int, key: str):
+    """Yields the folder for the checkpoints of one training; it goes away when the block ends without an error.
+
+    key: a hash of all that decides the result, so that no other configuration's checkpoint is ever taken up.
+    Raises RuntimeError if another process is in such a block for the same study, loss and seed.
+    """
+    folder = paths.scratch() / study / f"{loss}-{seed}"
+    (folder / key).mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.with_name(f"{folder.name}.lock"), timeout=0):
+            yield folder / key
+            shutil.rmtree(folder)
+    except Timeout:
+        raise RuntimeError(
+            f"Another process is training {study}, {loss}, seed {seed}; wait for it or stop it (its lock is "
+            f"{folder.name}.lock in {folder.parent})."
+        ) from None
+
+
+def write(folder: Path, epoch: int, tensors: dict[str, Tensor], history: list[dict]) -> None:
+    """Save the state after an epoch; the file's name carries the CRC-32 of its content. All but KEPT files go."""
+    content = safetensors.torch.save(tensors, {"history": json.dumps(history)})
+    with paths.atomic(folder / f"{epoch:05d}-{zlib.crc32(content):08x}.safetensors") as part:
+        part.write_bytes(content)
+    for old in sorted(folder.glob("*.safetensors"))[:-KEPT]:
+        old.unlink()
+
+
+def epochs(folder: Path) -> dict[int, Path]:
+    """The checkpoints there are."""
+    return {int(path.name.split("-")[0]): path for path in sorted(folder.glob("*.safetensors"))}
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], list[dict]] | None:
+    """Tensors and history of a checkpoint; None, with a message, if it is damaged, which also sets it aside."""
+    try:
+        if f"{zlib.crc32(path.read_bytes()):08x}" != path.stem.split("-")[1]:
+            raise ValueError("its checksum is wrong")
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["history"])  # noqa: SIM118
+    except (ValueError, IndexError, SafetensorError) as problem:
+        aside = path.with_suffix(".damaged")
+        path.rename(aside)
+        print(f"focalcal: checkpoint {path.name} is damaged ({problem}); set aside as {aside}.", file=sys.stderr)
+        return None
