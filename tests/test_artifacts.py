@@ -7,7 +7,8 @@ import pytest
 import torch
 import yaml
 
-from focalcal import networks, paths, runs, settings, train
+from focalcal import losses, networks, paths, runs, settings, train
+from focalcal.settings import Training
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def study(tmp_path, monkeypatch):
     (tmp_path / "dvc.yaml").touch()
     monkeypatch.chdir(tmp_path)
     parameters = {
-        "active": {"studies": ["tiny"], "losses": ["focal1"], "seeds": [0]},
+        "active": {"studies": ["tiny"], "published": [], "losses": ["focal1"], "seeds": [0]},
         "shared": {"protocol": {"momentum": 0.8}, "losses": {"focal1": {"gamma": 1.5, "reduction": "mean"}}},
         "studies": {
             "tiny": {
@@ -26,13 +27,19 @@ def study(tmp_path, monkeypatch):
             }
         },
     }
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(parameters))
+    save_run()
+    return parameters
+
+
+def save_run(loss="focal1", seed=0, first_nll=1.0, seconds=1.0):
+    """A finished run, made up."""
     rng = np.random.default_rng(0)
     logits = {split: (rng.normal(size=(5, 3)).astype(np.float32), np.arange(5) % 3) for split in ("val", "test")}
-    history = [{"epoch": epoch, "test_nll": 1 / epoch} for epoch in (1, 2)]
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(parameters))
-    model = networks.make("small_resnet", 3, 1, 0)
-    train.save("tiny", "focal1", 0, model, history, logits, ([1], np.ones((1, 10))), 1.0)
-    return parameters
+    run = train.Run(networks.make("small_resnet", 3, 1, 0), losses.make("brier"), Training(network="small_resnet"))
+    run.history = [{"epoch": 1, "test_nll": first_nll}, {"epoch": 2, "test_nll": 0.5}]
+    run.gradients = {1: np.ones(10, np.float32)}
+    train.save("tiny", loss, seed, run, logits, {"noise1": logits["test"][0].astype(np.float16)}, seconds)
 
 
 def change(parameters, path, value):
@@ -50,6 +57,8 @@ def test_a_saved_run_is_read_back(study):
     assert runs.curves(runs.history("tiny"), "test_nll").loc[2, "focal1"] == 0.5
     assert runs.logits("tiny", "focal1", 0)["test"][0].shape == (5, 3)
     assert runs.gradients("tiny", "focal1", 0)[1].shape == (1, 10)
+    assert runs.shifted("tiny", "focal1", 0)["noise1"].shape == (5, 3)
+    assert runs.active("tiny") == (["focal1"], [0])
     assert (paths.root() / "artifacts/tiny/provenance/focal1-0.json").is_file()
 
 
@@ -65,14 +74,9 @@ def test_later_blocks_of_params_win(study):
 def test_the_same_results_again_keep_their_provenance(study):
     record = paths.root() / "artifacts/tiny/provenance/focal1-0.json"
     record.write_text("as it was")
-    file = paths.read_npz(paths.run("tiny", "focal1", 0) / "logits.npz")
-    logits = {split: (file[f"{split}_logits"], file[f"{split}_labels"]) for split in ("val", "test")}
-    history = [{"epoch": epoch, "test_nll": 1 / epoch} for epoch in (1, 2)]
-    model = networks.make("small_resnet", 3, 1, 0)
-    train.save("tiny", "focal1", 0, model, history, logits, ([1], np.ones((1, 10))), 9.0)
+    save_run(seconds=9.0)
     assert record.read_text() == "as it was"
-    history[0]["test_nll"] = 3.0
-    train.save("tiny", "focal1", 0, model, history, logits, ([1], np.ones((1, 10))), 9.0)
+    save_run(first_nll=3.0, seconds=9.0)
     assert '"wall_seconds": 9.0' in record.read_text()
 
 
@@ -88,7 +92,19 @@ def test_the_same_results_again_keep_their_provenance(study):
         ("studies.tiny.training.milestones", [2, 5], r"milestones: input should be epochs up to 2, got \[2, 5\]"),
         ("studies.tiny.training.milestones", ["two"], "milestones: input should be a valid integer, got 'two'"),
         ("shared.losses.focal1.reduction", "total", "losses.focal1.reduction: input should be 'sum' or 'mean'"),
-        ("studies.tiny.training", {"epochs": 3}, "The training settings in params.yaml lack 'network'"),
+        (
+            "studies.tiny.training",
+            {"epochs": 3},
+            "'network' is missing in params.yaml; looked in shared.protocol and studies.tiny.training",
+        ),
+        ("studies.tiny.training", [3], "studies.tiny.training: input should be a valid dictionary"),
+        ("studies.tiny.exceptions", {"focal1": None}, "studies.tiny.exceptions: input should be a valid dictionary"),
+        ("studies.tiny", {"data": {}}, "'training' is missing in params.yaml; looked in studies.tiny"),
+        (
+            "shared.losses.focal1",
+            3,
+            "shared.losses.focal1 in params.yaml must consist of 'name: value' settings, got 3",
+        ),
         ("shared.losses", {}, "Unknown loss 'focal1'; params.yaml lists"),
     ],
 )
@@ -99,11 +115,25 @@ def test_bad_settings_are_named(study, path, value, words):
         settings.training("tiny", "focal1")
 
 
+def test_a_study_sees_its_data_sets_common_settings_under_its_own(study):
+    study["shared"]["datasets"] = {"digits": {"val": 7, "mean": [0.3]}}
+    (paths.root() / "params.yaml").write_text(yaml.safe_dump(study))
+    assert settings.data("tiny").val == 5 and settings.data("tiny").mean == [0.3]
+    study["shared"]["datasets"]["digits"]["vall"] = 7
+    (paths.root() / "params.yaml").write_text(yaml.safe_dump(study))
+    with pytest.raises(ValueError, match="shared.datasets.digits has no setting 'vall'"):
+        settings.data("tiny")
+
+
 def test_unknown_names_are_named(study):
     with pytest.raises(ValueError, match="Unknown study 'huge'; params.yaml defines: tiny"):
         settings.data("huge")
-    with pytest.raises(FileNotFoundError, match="brier/0/history.csv is missing; `dvc repro` makes it"):
+    with pytest.raises(FileNotFoundError, match="Study 'tiny' has no active or published run with losses .'brier'."):
         runs.history("tiny", ["brier"])
+    study["active"]["losses"].append("brier")
+    (paths.root() / "params.yaml").write_text(yaml.safe_dump(study))
+    with pytest.raises(FileNotFoundError, match="brier/0/history.csv is missing; `dvc repro` makes it"):
+        runs.history("tiny")
 
 
 def test_outside_the_folder(tmp_path, monkeypatch):

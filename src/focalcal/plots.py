@@ -97,6 +97,7 @@ def divergence(ax, rows, split: str, milestones=()) -> None:
         "entropy_correct": ("Entropy, correct", "#4D9221", ":"),
         "entropy_incorrect": ("Entropy, incorrect", "#C51B7D", ":"),
     }
+    rows = rows[rows[f"{split}_nll"].notna()]  # the training set may be evaluated every few epochs only
     for key, (name, color, dashes) in kinds.items():
         ax.plot(rows.epoch, rows[f"{split}_{key}"], label=name, color=color, linestyle=dashes, linewidth=1.6)
     decays(ax, milestones)

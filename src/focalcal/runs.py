@@ -1,4 +1,9 @@
-"""Reading what the pipeline left: histories, logits, temperatures and metrics of a study, without training."""
+"""Reading what the pipeline left: histories, logits, temperatures and metrics of a study, without training.
+
+A study's runs lie in artifacts/<study>/runs if it is trained here, in published/<study>/runs if it is published.
+"""
+
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -8,25 +13,47 @@ from focalcal import metrics, paths, settings
 SPLITS = ("val", "test")
 
 
-def active() -> tuple[list[str], list[int]]:
-    """The losses and seeds that params.yaml names as active."""
-    chosen = settings.params()["active"]
-    return chosen["losses"], chosen["seeds"]
+def folder(study: str, loss: str, seed: int) -> Path:
+    """Where the files of a run lie."""
+    published = paths.root() / "published" / study
+    trained = paths.study(study)
+    at = published if study in settings.params()["active"]["published"] or not trained.is_dir() else trained
+    return at / "runs" / loss / str(seed)
+
+
+def pairs(study: str) -> list[tuple[str, int]]:
+    """The (loss, seed) of a study's runs: the active ones of params.yaml, or all that are published."""
+    chosen = settings.params()
+    top, order = folder(study, "", 0).parent, list(chosen["shared"]["losses"])
+    if study not in chosen["active"]["published"]:
+        return [(loss, seed) for loss in chosen["active"]["losses"] for seed in chosen["active"]["seeds"]]
+    if not top.is_dir():
+        raise FileNotFoundError(f"{top} is missing; `dvc pull published/{study}` fetches it.")
+    found = [(path.parent.name, int(path.name)) for path in top.glob("*/*") if path.name.isdigit()]
+    return sorted(found, key=lambda run: (order.index(run[0]) if run[0] in order else len(order), *run))
+
+
+def active(study: str) -> tuple[list[str], list[int]]:
+    """The losses and the seeds of a study's runs."""
+    losses, seeds = zip(*pairs(study), strict=True)
+    return list(dict.fromkeys(losses)), sorted(set(seeds))
 
 
 def history(study: str, losses=None, seeds=None) -> pd.DataFrame:
-    """history.csv of the given (by default all active) losses and seeds, one below the other.
+    """history.csv of the study's runs, or of those with the given losses and seeds, one below the other.
 
     Columns loss and seed come first; the others are described in train.train.
     """
-    active_losses, active_seeds = active()
     tables = []
-    for loss in active_losses if losses is None else losses:
-        for seed in active_seeds if seeds is None else seeds:
-            table = pd.read_csv(paths.existing(paths.run(study, loss, seed) / "history.csv"))
+    for loss, seed in pairs(study):
+        if (losses is None or loss in losses) and (seeds is None or seed in seeds):
+            table = pd.read_csv(paths.existing(folder(study, loss, seed) / "history.csv"))
             table.insert(0, "loss", loss)
             table.insert(1, "seed", seed)
             tables.append(table)
+    if not tables:
+        asked = f"losses {losses or 'any'} and seeds {seeds or 'any'}"
+        raise FileNotFoundError(f"Study '{study}' has no active or published run with {asked}.")
     return pd.concat(tables, ignore_index=True)
 
 
@@ -37,7 +64,7 @@ def curves(history: pd.DataFrame, column: str) -> pd.DataFrame:
 
 def logits(study: str, loss: str, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Checked (logits, labels) of the val and test split: shapes (N, K) and (N,), as metrics.check gives them."""
-    path = paths.run(study, loss, seed) / "logits.npz"
+    path = folder(study, loss, seed) / "logits.npz"
     file = paths.read_npz(path)
     try:
         return {split: metrics.check(file[f"{split}_logits"], file[f"{split}_labels"]) for split in SPLITS}
@@ -49,7 +76,7 @@ def scaled(study: str, name: str) -> pd.DataFrame:
     """temperatures.csv (loss, seed, scaling, temperature) or metrics.csv (loss, seed, split, scaling, metric,
     value), by ``name`` without the ending; rows of active losses and seeds."""
     table = pd.read_csv(paths.existing(paths.study(study) / f"{name}.csv"), keep_default_na=False)
-    losses, seeds = active()
+    losses, seeds = active(study)
     return table[table.loss.isin(losses) & table.seed.isin(seeds)].reset_index(drop=True)
 
 
@@ -61,8 +88,46 @@ def results(study: str, how: str = "mean") -> pd.DataFrame:
 
 def gradients(study: str, loss: str, seed: int) -> tuple[list[int], np.ndarray]:
     """Epochs, and per-sample norms of the head's gradient at each: (epochs, N), see train.head_gradient_norms."""
-    file = paths.read_npz(paths.run(study, loss, seed) / "gradients.npz")
-    return file["epochs"].tolist(), file["norms"]
+    file = paths.read_npz(folder(study, loss, seed) / "gradients.npz")
+    return file["epochs"].tolist(), file["norms"].astype(np.float32)
+
+
+def shifted(study: str, loss: str, seed: int) -> dict[str, np.ndarray]:
+    """Logits (N, K) of images the network was not trained on, by name, see train.predict_shifted."""
+    file = paths.read_npz(folder(study, loss, seed) / "shifted.npz")
+    return {name: logits.astype(np.float64) for name, logits in file.items()}
+
+
+def verdict(ours: float, paper: float) -> str:
+    """How a number in per cent compares with the papers'; empty where there is none.
+
+    match: within half a point or a quarter of the papers' number, whichever is more; partial: within a factor of
+    two; else no match.
+    """
+    if np.isnan(paper):
+        return ""
+    if abs(ours - paper) <= max(0.5, 0.25 * paper):
+        return "match"
+    return "partial" if max(ours, paper) <= 2 * min(ours, paper) else "no match"
+
+
+def against_papers(study: str, dataset: str, network: str) -> pd.DataFrame:
+    """ECE in per cent before and after scaling by ECE, and its temperature, beside the papers' and with verdicts.
+
+    A row per loss: mean and standard deviation over seeds, the papers' number, the difference, ``verdict``.
+    """
+    scaling = {"ECE %": ("ece", "none"), "ECE % scaled": ("ece", "ece")}
+    mean, deviation = 100 * results(study), 100 * results(study, "std")
+    table = beside_papers(pd.DataFrame({name: mean[column] for name, column in scaling.items()}), dataset, network)
+    for at, (name, column) in reversed(list(enumerate(scaling.items()))):
+        ours, theirs = table[name], table[f"{name} (papers)"]
+        if deviation.notna().any(axis=None):
+            table.insert(2 * at + 1, f"sd{at * ' scaled'}", deviation[column])
+        place = table.columns.get_loc(f"{name} (papers)") + 1
+        table.insert(place, f"difference{at * ' scaled'}", ours - theirs)
+        verdicts = [verdict(*pair) for pair in zip(ours, theirs, strict=True)]
+        table.insert(place + 1, f"verdict{at * ' scaled'}", verdicts)
+    return table
 
 
 def beside_papers(table: pd.DataFrame, dataset: str = "cifar10", network: str = "resnet50") -> pd.DataFrame:
@@ -73,6 +138,8 @@ def beside_papers(table: pd.DataFrame, dataset: str = "cifar10", network: str = 
     paper = published(dataset, network).query("metric == 'ece_percent' and quality == 'copied'")
     paper, table = paper.drop_duplicates("loss").set_index("loss"), table.copy()
     for ours, theirs in (("ECE %", "before_scaling"), ("ECE % scaled", "after_scaling"), ("T", "temperature")):
+        if ours not in table:
+            continue
         table.insert(table.columns.get_loc(ours) + 1, f"{ours} (papers)", paper[theirs])
     return table
 

@@ -1,0 +1,149 @@
+"""Finished runs from any machine, packed into one file, and published in this repository's DVC store.
+
+    python -m focalcal.publish pack STUDY [--weights]    on the machine that trained: writes STUDY.tar
+    python -m focalcal.publish add FILE.tar ...          here: into published/STUDY, pinned by published/STUDY.dvc
+
+A published study needs its block in params.yaml and its name under active.published; `dvc repro` then analyses it.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from focalcal import calibrate, metrics, paths, settings
+
+RUN_FILES = ("history.csv", "logits.npz", "gradients.npz", "shifted.npz")
+TOLERANCE = 1e-4  # by which half-precision logits may change a metric
+MEMBER = re.compile(
+    r"[\w.-]+/(runs/\w+/\d+/\w+\.(csv|npz)|(provenance|models)/\w+-\d+\.(json|safetensors)|params\.yaml)"
+)
+
+
+def pack(study: str, out: Path, weights: bool = False) -> int:
+    """Write a study's finished runs to ``out``: histories, predictions, gradients, provenance, and params.yaml.
+
+    Returns how many there are. Raises FileNotFoundError if there is none; runs that lack a file are named and left out.
+    """
+    folder, found = paths.study(study), 0
+    with paths.atomic(out) as part, tarfile.open(part, "w") as archive:
+        for run in sorted(folder.glob("runs/*/*")):
+            loss, seed = run.parent.name, run.name
+            beside = [folder / "provenance" / f"{loss}-{seed}.json"]
+            beside += [folder / "models" / f"{loss}-{seed}.safetensors"] if weights else []
+            wanted = [*(run / name for name in RUN_FILES), *beside]
+            missing = [path.name for path in wanted if not path.is_file()]
+            if missing:
+                print(f"{loss}, seed {seed} is left out: {', '.join(missing)} missing.")
+                continue
+            for path in wanted:
+                archive.add(path, f"{study}/{path.relative_to(folder)}")
+            found += 1
+        if not found:
+            raise FileNotFoundError(f"No finished run in {folder / 'runs'}; train first.")
+        archive.add(paths.root() / "params.yaml", f"{study}/params.yaml")
+    return found
+
+
+def halved(path: Path) -> bool:
+    """Rewrite a run's logits in half precision, each row's largest as 0, if no metric changes by more than TOLERANCE.
+
+    Compared are all metrics of both splits, as trained and under either temperature. Returns whether it was done.
+    """
+    file = paths.read_npz(path)
+    splits = {split: (file[f"{split}_logits"], file[f"{split}_labels"]) for split in ("val", "test")}
+    splits = {split: metrics.check(*pair) for split, pair in splits.items()}
+    half = {s: ((z - z.max(axis=1, keepdims=True)).astype(np.float16), labels) for s, (z, labels) in splits.items()}
+    chosen = calibrate.temperatures(*splits["val"])
+    before, after = (calibrate.measure({s: metrics.check(*p) for s, p in d.items()}, chosen) for d in (splits, half))
+    if max(abs(a["value"] - b["value"]) for a, b in zip(before, after, strict=True)) > TOLERANCE:
+        return False
+    arrays = {f"{split}_logits": pair[0] for split, pair in half.items()}
+    paths.write_npz(path, **arrays, **{f"{split}_labels": pair[1] for split, pair in half.items()})
+    return True
+
+
+def _checked(run: Path) -> None:
+    """ValueError, naming the file, if a run is not whole."""
+    for name in RUN_FILES:
+        if not (run / name).is_file():
+            raise ValueError(f"{run.parent.name}, seed {run.name}: {name} is missing in the packed file.")
+    history, file = pd.read_csv(run / "history.csv"), paths.read_npz(run / "logits.npz")
+    if history.epoch.tolist() != list(range(1, len(history) + 1)) or not np.isfinite(history.test_nll).all():
+        raise ValueError(f"{run.parent.name}, seed {run.name}: history.csv does not hold every epoch once.")
+    for split in ("val", "test"):
+        metrics.check(file[f"{split}_logits"], file[f"{split}_labels"])
+
+
+def add(archive: Path) -> Path:
+    """Unpack a packed file into published/<study>; that folder.
+
+    Nothing changes unless every run in it is whole. Raises ValueError if one is not, if a file of another kind is in
+    it, or if a run is published already with other results.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            with tarfile.open(archive) as packed:
+                names = packed.getnames()
+                bad = [name for name in names if not MEMBER.fullmatch(name)]
+                if bad or not names:
+                    raise ValueError(f"{archive} is not what `focalcal.publish pack` writes: {bad[:1] or 'empty'}.")
+                packed.extractall(scratch, filter="data")
+        except tarfile.TarError as problem:
+            raise ValueError(f"{archive} is damaged or no tar file ({problem}).") from problem
+        source = next(Path(scratch).iterdir())
+        study = source.name
+        settings.study(study)  # the analyses need its block
+        target = paths.root() / "published" / study
+        if target.with_name(f"{study}.dvc").is_file() and not target.is_dir():
+            raise ValueError(f"{target} is not here; run `dvc pull published/{study}.dvc` first, to add to it.")
+        found = sorted(source.glob("runs/*/*"))
+        for run in found:
+            _checked(run)
+            there = target / run.relative_to(source)
+            if there.is_dir() and (there / "history.csv").read_bytes() != (run / "history.csv").read_bytes():
+                raise ValueError(f"{there} is published already, with other results; delete it first to replace it.")
+        for run in found:
+            half = halved(run / "logits.npz")
+            print(f"{study}, {run.parent.name}, seed {run.name}: logits in {'half' if half else 'single'} precision")
+        shutil.copytree(source, target, dirs_exist_ok=True)
+        return target
+
+
+def main(arguments=None) -> None:
+    """Command line; see the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m focalcal.publish", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    packing = commands.add_parser("pack", help="write STUDY.tar")
+    packing.add_argument("study")
+    packing.add_argument("--out", type=Path, help="instead of STUDY.tar")
+    packing.add_argument("--weights", action="store_true", help="with the networks' weights")
+    adding = commands.add_parser("add", help="publish packed runs")
+    adding.add_argument("file", nargs="+", type=Path)
+    given = parser.parse_args(arguments)
+    try:
+        if given.command == "pack":
+            out = given.out or Path(f"{given.study}.tar")
+            count = pack(given.study, out, given.weights)
+            print(f"{count} runs in {out} ({out.stat().st_size / 1e6:.1f} MB).")
+            return
+        for folder in dict.fromkeys([add(file) for file in given.file]):
+            for verb, where in (("add", folder), ("push", f"{folder}.dvc")):
+                if subprocess.run([sys.executable, "-m", "dvc", verb, "-q", where], cwd=paths.root()).returncode:
+                    raise RuntimeError(f"`dvc {verb} {where}` failed; put it right and run it again.")
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+            print(f"Published {folder} ({size:.1f} MB). Name the study under active.published in params.yaml,")
+            print(f"run `dvc repro`, and commit published/{folder.name}.dvc and .store.")
+    except (ValueError, RuntimeError, OSError) as problem:
+        sys.exit(f"focalcal: {problem}")
+
+
+if __name__ == "__main__":
+    main()
