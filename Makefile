@@ -1,6 +1,6 @@
 # make results   environment, data, the whole pipeline          make test   the tests
 # make lab       JupyterLab on the notebooks                    make lock   requirements.txt anew from pyproject.toml
-# make strip     notebooks without outputs, before a commit
+# make strip     notebooks without outputs, before a commit make bench  speed beside stock loops, on this machine
 # make artifacts the committed results' histories, logits, tables and executed notebooks, without training
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: results data artifacts test lab strip lock clean
+.PHONY: results data artifacts test bench lab strip lock clean
 
 results: data
 	dvc repro
@@ -28,6 +28,9 @@ test: $(READY)
 	ruff check .
 	ruff format --check .
 	python -m pytest
+
+bench: $(READY)
+	python -m focalcal.bench
 
 lab: $(READY)
 	jupyter lab --notebook-dir notebooks $(if $(filter 0,$(shell id -u)),--allow-root)

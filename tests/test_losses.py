@@ -185,3 +185,11 @@ def test_adafocal_survives_equal_confidences():
 def test_bad_settings_are_named(name, settings, words):
     with pytest.raises(ValueError, match=words):
         losses.make(name, **settings)
+
+
+def test_one_function_under_several_names():
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    steep = losses.make("focal7", function="focal3", gamma=7.0)
+    assert torch.equal(steep(logits, labels), losses.focal(logits, labels, 7.0))
+    with pytest.raises(ValueError, match="Unknown loss 'focal8'"):
+        losses.make("focal7", function="focal8")

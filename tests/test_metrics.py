@@ -48,6 +48,13 @@ def test_bins_are_open_below_and_closed_above_and_take_zero_and_one():
     assert count.tolist() == [2, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("bins", [1, 5, 15, 100])
+def test_the_fast_index_is_right_next_to_every_edge(bins):
+    edges = metrics.equal_width_edges(bins)
+    values = np.concatenate([edges, np.nextafter(edges[1:], np.float32(0)), np.nextafter(edges[:-1], np.float32(1))])
+    assert np.array_equal(metrics.equal_width_index(values, bins), np.searchsorted(edges[1:-1], values))
+
+
 def test_certainty_is_legal():
     z, y = np.array([[1e4, 0.0], [0.0, 1e4]]), np.array([0, 0])
     assert metrics.ece(z, y) == pytest.approx(0.5)  # one right and one wrong, both at confidence 1
@@ -103,6 +110,17 @@ def test_a_class_that_no_label_names(random):
     z, y = random
     y = np.where(y == 3, 2, y)
     assert np.isfinite([metric(z, y) for metric in metrics.METRICS.values()]).all()
+
+
+def test_errors_from_one_softmax_are_those_one_by_one(random):
+    together = metrics.calibration_errors(*random)
+    assert together == {name: metrics.METRICS[name](*random) for name in ("ece", "adaece", "classwise_ece", "mce")}
+
+
+def test_auroc_by_hand():
+    familiar, strange = (np.log([[p, 1 - p] for p in ps]) for ps in ((0.9, 0.6), (0.7, 0.5)))
+    assert metrics.auroc(familiar, strange) == metrics.auroc(familiar, strange, "confidence") == 3 / 4
+    assert metrics.auroc(familiar, familiar) == 1 / 2
 
 
 def test_summary_parts_add_up(random):

@@ -231,11 +231,14 @@ LOSSES = {
 }
 
 
-def make(name: str, **settings):
+def make(name: str, function: str | None = None, **settings):
     """The loss called ``name`` with some settings changed: a callable (logits, labels) -> (N,).
 
-    Raises ValueError for an unknown name or setting; a bad value is refused by the loss itself.
+    function: the name in LOSSES, if another one; so one function can be listed under several names, such as
+    ``focal7: {function: focal3, gamma: 7}``. Raises ValueError for an unknown name or setting; a bad value is
+    refused by the loss itself.
     """
+    name = name if function is None else function
     if name not in LOSSES:
         raise ValueError(f"Unknown loss '{name}'; choose one of: {', '.join(LOSSES)}.")
     allowed = {p.name: p.default for p in inspect.signature(LOSSES[name]).parameters.values()}

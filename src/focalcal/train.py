@@ -232,7 +232,7 @@ def set_numerics(fast: bool, on: torch.device) -> None:
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = not fast, fast
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = fast
     if on.type == "cuda":
-        torch.use_deterministic_algorithms(not fast)
+        torch.use_deterministic_algorithms(not fast, warn_only=True)
 
 
 def take_step(runs: list[Run], batches: Batches, size: int, streams: list) -> None:
