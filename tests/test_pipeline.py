@@ -28,15 +28,15 @@ def copy(tmp_path_factory):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(REPOSITORY / name, folder / name)
     parameters = yaml.safe_load((folder / "params.yaml").read_text())
-    parameters["active"] = {"studies": ["tiny"], "losses": LOSSES, "seeds": [0]}
+    parameters["active"] = {"studies": ["tiny"], "published": [], "losses": LOSSES, "seeds": [0]}
     parameters["studies"]["tiny"] = {
-        "data": {"dataset": "digits", "train": 300, "val": 100, "test": 200},
+        "data": {"dataset": "digits", "train": 300, "val": 100, "test": 200, "shifted": ["digits", "svhn"]},
         "training": {"network": "small_resnet", "epochs": 3, "milestones": [2, 3], "augment": False},
         "exceptions": {},
     }
     (folder / "params.yaml").write_text(yaml.safe_dump(parameters))
-    (folder / "data").mkdir()
-    (folder / "data" / "README").write_text("digits come with scikit-learn")
+    (folder / "data" / "fashion_mnist").mkdir(parents=True)
+    (folder / "data" / "fashion_mnist" / "README").write_text("digits come with scikit-learn")
     for command in (["git", "init", "-q"], ["git", "add", "-A"], ["dvc", "commit", "-q", "-f", "data.dvc"]):
         call(folder, *command)
     return folder
@@ -87,6 +87,30 @@ def test_a_forced_run_gives_the_same_bytes(copy):
     before = contents()
     call(copy, "dvc", "repro", "-f", "-s", "train@tiny-adafocal-0", "analyse@tiny-07_reliability")
     assert contents() == before and len(before) > 8
+
+
+def test_published_runs_are_analysed_like_ones_own(copy):
+    parameters = (copy / "params.yaml").read_text()
+    changed = yaml.safe_load(parameters)
+    changed["studies"]["far"] = changed["studies"]["tiny"] | {
+        "papers": {"dataset": "digits", "network": "small_resnet"}
+    }
+    changed["active"]["published"] = ["far"]
+    (copy / "params.yaml").write_text(yaml.safe_dump(changed, sort_keys=False))
+    for part in ("runs", "provenance"):
+        shutil.copytree(copy / "artifacts/tiny" / part, copy / "artifacts/far" / part)
+    call(copy, sys.executable, "-m", "focalcal.publish", "pack", "far")
+    shutil.rmtree(copy / "artifacts/far")
+    assert "Published" in call(copy, sys.executable, "-m", "focalcal.publish", "add", "far.tar")
+    output = call(copy, "dvc", "repro")
+    assert "analyse-published@far-08_results" in output and "Running stage 'train" not in output
+    near, far = (pd.read_csv(copy / "artifacts" / study / "metrics.csv") for study in ("tiny", "far"))
+    near = near[near.loss.isin(LOSSES)].sort_values(["loss", "split", "scaling", "metric"]).value
+    assert abs(near.values - far.sort_values(["loss", "split", "scaling", "metric"]).value.values).max() < 1e-3
+    against = pd.read_csv(copy / "figures/far/08_results/against-papers.csv", index_col=0)
+    assert list(against.columns[:4]) == ["ECE %", "ECE % (papers)", "difference", "verdict"]
+    assert (copy / "figures/far/04_nll_divergence/test-nll.png").is_file()
+    (copy / "params.yaml").write_text(parameters)
 
 
 def test_a_bad_setting_fails_with_one_sentence_and_keeps_the_cache(copy):

@@ -1,0 +1,179 @@
+"""How far a number can be trusted: resampled test sets, differences between losses, and the bias of binned errors.
+
+A resampled test set is a row of counts, how often each test sample is drawn; all losses, seeds and temperatures share
+the rows, so that differences are paired. Fractions throughout, as in metrics.
+"""
+
+import numpy as np
+from scipy import stats
+from sklearn.isotonic import IsotonicRegression
+
+from focalcal import calibrate, metrics
+
+RESAMPLES, LEVEL = 1000, 0.90  # Mukhoti et al. 2020: 1000 resamples, intervals of 90 %
+
+
+def resamples(samples: int, count: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """How often each of ``samples`` is in each bootstrap resample: (count, samples) float32, rows sum to samples."""
+    drawn = np.random.default_rng(seed).integers(samples, size=(count, samples))
+    drawn += samples * np.arange(count)[:, None]
+    return np.bincount(drawn.ravel(), minlength=count * samples).reshape(count, samples).astype(np.float32)
+
+
+def resampled_metrics(logits, labels, counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Every metric of metrics.METRICS on every resample: name -> (len(counts),).
+
+    As there, but for rounding; bins of equal mass are cut anew in every resample, at whole samples.
+    """
+    logits, labels = metrics.check(logits, labels)
+    n, bins, samples = len(labels), metrics.BINS, np.arange(len(labels))
+    log_probs = metrics.log_softmax(logits)
+    probs = np.exp(log_probs)
+    confidence, correct = metrics.confidence_correct(logits, labels)
+    brier = (probs**2).sum(axis=1) - 2 * probs[samples, labels] + 1
+    means = counts @ np.stack([~correct, -log_probs[samples, labels], brier], axis=1).astype(np.float32) / n
+
+    residual, index = (confidence - correct).astype(np.float32), metrics.equal_width_index(confidence, bins)
+    inside = np.zeros((n, 2 * bins), np.float32)
+    inside[samples, index], inside[samples, bins + index] = residual, 1
+    sums = counts @ inside
+    gaps, held = np.abs(sums[:, :bins]), sums[:, bins:]
+    return {
+        "error": means[:, 0],
+        "nll": means[:, 1],
+        "ece": gaps.sum(axis=1) / n,
+        "adaece": _equal_mass(confidence, residual, counts, bins),
+        "classwise_ece": _classwise(probs.astype(np.float32), labels, counts, bins),
+        "mce": (gaps / np.maximum(held, 1)).max(axis=1),
+        "brier": means[:, 2],
+    }
+
+
+def _equal_mass(confidence, residual, counts, bins: int) -> np.ndarray:
+    """Adaptive ECE on every resample."""
+    order, n = np.argsort(confidence, kind="stable"), len(confidence)
+    errors = np.empty(len(counts))
+    for row, drawn in enumerate(counts[:, order]):
+        held, total = np.cumsum(drawn), np.cumsum(drawn * residual[order], dtype=np.float64)
+        ends = np.searchsorted(held, n * np.arange(1, bins + 1) / bins - 0.5).clip(max=n - 1)
+        errors[row] = np.abs(np.diff(total[ends], prepend=0)).sum() / n
+    return errors
+
+
+def _classwise(probs, labels, counts, bins: int) -> np.ndarray:
+    """Classwise ECE on every resample, over the classes 0..max(label)."""
+    n, errors = len(labels), np.zeros(len(counts))
+    for k in range(labels.max() + 1):
+        index = metrics.equal_width_index(probs[:, k], bins)
+        inside = np.zeros((n, bins), np.float32)
+        inside[np.arange(n), index] = probs[:, k] - (labels == k)
+        errors += np.abs(counts @ inside).sum(axis=1)
+    return errors / n / (labels.max() + 1)
+
+
+def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    """The percentile interval of resampled values, as in Mukhoti et al. 2020."""
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray, resampled_ours, resampled_theirs, level=LEVEL) -> dict[str, float]:
+    """Mean paired difference of a metric between two losses, its interval and p-value.
+
+    ours, theirs: a value per seed (S,); resampled_*: (S, resamples), from the same resamples. The standard error joins
+    that of the test set (bootstrap of the mean over seeds) and that of the seeds (their differences' standard deviation
+    / sqrt(S)); with one seed the second is unknown and left out. Student's t with Satterthwaite's degrees of freedom.
+    """
+    gap, seeds = np.asarray(ours) - np.asarray(theirs), len(ours)
+    of_test = (resampled_ours - resampled_theirs).mean(axis=0).var(ddof=1)
+    of_seeds = gap.var(ddof=1) / seeds if seeds > 1 else 0.0
+    error = np.sqrt(of_test + of_seeds)
+    freedom = (seeds - 1) * (of_test + of_seeds) ** 2 / of_seeds**2 if of_seeds > 0 else np.inf
+    p = 2 * stats.t.sf(abs(gap.mean()) / error, freedom) if error > 0 else float(gap.mean() == 0)
+    half = stats.t.ppf((1 + level) / 2, freedom) * error
+    return {"difference": gap.mean(), "low": gap.mean() - half, "high": gap.mean() + half, "p": float(p)}
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """p-values corrected for their number (Holm 1979): reject where at most 1 - LEVEL."""
+    p = np.asarray(p, np.float64)
+    order, count = np.argsort(p, kind="stable"), len(p)
+    corrected = np.empty(count)
+    corrected[order] = np.maximum.accumulate(np.minimum(1, p[order] * np.arange(count, 0, -1)))
+    return corrected
+
+
+def debiased_error(logits, labels, bins: int = metrics.BINS) -> float:
+    """Root-mean-square top-label calibration error, its sampling bias subtracted (Kumar et al. 2019, sec. 5).
+
+    In bins of equal mass, sum_b n_b / N [(mean confidence - accuracy)^2 - accuracy (1 - accuracy) / (n_b - 1)]; the
+    root of it, or 0 where it is negative: calibrated as far as this sample can tell.
+    """
+    confidence, correct = metrics.confidence_correct(logits, labels)
+    edges = metrics.equal_mass_edges(confidence, bins)
+    count, confident, right = (sums for sums in metrics.bin_sums(confidence, correct, edges))
+    filled = count > 1
+    count, confident, right = count[filled], confident[filled] / count[filled], right[filled] / count[filled]
+    squared = (confident - right) ** 2 - right * (1 - right) / (count - 1)
+    return float(np.sqrt(max(0.0, (count * squared).sum() / count.sum())))
+
+
+def smooth_ece(logits, labels) -> float:
+    """Smooth ECE of the top label (Blasiok and Nakkiran 2024, definition 3): no bins.
+
+    The residual (correct - confidence), smoothed over confidence by a Gaussian that is reflected at 0 and 1, and the
+    absolute value of that averaged; at the kernel's width s at which the result is s itself.
+    """
+    confidence, correct = metrics.confidence_correct(logits, labels)
+    cells = 2000
+    at = (confidence.astype(np.float64) * cells).round().astype(int)
+    residual = np.bincount(at, correct - confidence.astype(np.float64), cells + 1) / len(confidence)
+
+    waves = np.fft.rfftfreq(2 * cells, 1 / (2 * cells)) * np.pi  # cosines with zero slope at 0 and 1
+    mirrored = np.concatenate([residual, residual[-2:0:-1]])
+    mirrored[[0, cells]] *= 2  # the ends are their own mirror images
+    spectrum = np.fft.rfft(mirrored)
+
+    def smoothed(width):
+        density = np.fft.irfft(spectrum * np.exp(-((waves * width) ** 2) / 2), 2 * cells)[: cells + 1]
+        density[[0, -1]] /= 2
+        return np.abs(density).sum()
+
+    low, high = 1e-3, 1.0  # smoothed(width) - width falls with the width
+    while high - low > 1e-5:
+        middle = (low + high) / 2
+        low, high = (middle, high) if smoothed(middle) > middle else (low, middle)
+    return float(smoothed(high))
+
+
+def brier_split(logits, labels) -> dict[str, float]:
+    """The top label's Brier score as miscalibration - discrimination + uncertainty (Dimitriadis et al. 2021).
+
+    Of (confidence - correct)^2; miscalibration is what an isotonic map fitted on these very samples would take away,
+    discrimination what its output is better by than always saying the accuracy, uncertainty accuracy (1 - accuracy).
+    All three are 0 or more and the score is exactly their sum with these signs.
+    """
+    confidence, correct = metrics.confidence_correct(logits, labels)
+    confidence, correct = confidence.astype(np.float64), correct.astype(np.float64)
+    score, uncertainty = ((confidence - correct) ** 2).mean(), correct.mean() * (1 - correct.mean())
+    refined = ((IsotonicRegression().fit_transform(confidence, correct) - correct) ** 2).mean()
+    parts = {"miscalibration": score - refined, "discrimination": uncertainty - refined, "uncertainty": uncertainty}
+    return {name: float(value) for name, value in ({"brier_top": score} | parts).items()}
+
+
+def nll_split(logits, labels) -> dict[str, float]:
+    """NLL as refinement, what is left at the temperature that is best for these very samples, and calibration."""
+    logits, labels = metrics.check(logits, labels)
+    whole = metrics.nll(logits, labels)
+    refinement = metrics.nll(logits / calibrate.temperature_by_nll(logits, labels), labels)
+    return {"nll": whole, "calibration": whole - refinement, "refinement": refinement}
+
+
+def by_bins(logits, labels, numbers) -> dict[str, np.ndarray]:
+    """ECE for several numbers of bins, of equal width and of equal mass."""
+    confidence, correct = metrics.confidence_correct(logits, labels)
+    cuts = {"equal width": metrics.equal_width_edges, "equal mass": lambda b: metrics.equal_mass_edges(confidence, b)}
+    return {
+        name: np.array([metrics.calibration_error(confidence, correct, edges(b)) for b in numbers])
+        for name, edges in cuts.items()
+    }

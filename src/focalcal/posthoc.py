@@ -1,0 +1,143 @@
+"""Post-hoc calibration: maps fitted on validation logits that make a trained network's probabilities better.
+
+``fit(method, logits, labels)`` returns a function from logits (N, K) to calibrated log-probabilities (N, K), float64,
+which every function of ``metrics`` takes as logits. Sources: [G] Guo et al., ICML 2017; [M] Mukhoti et al., NeurIPS
+2020; [Z] Zadrozny and Elkan, ICML 2001 and KDD 2002; [K] Komisarenko and Kull, ECAI 2024.
+"""
+
+import numpy as np
+from scipy.optimize import minimize
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
+
+from focalcal import calibrate, metrics
+
+TINY = 1e-12  # the least probability that a map without a floor of its own may give
+
+
+def _log(probs: np.ndarray) -> np.ndarray:
+    """Logarithm of rows scaled to sum 1; a row of zeros becomes uniform."""
+    probs = np.maximum(probs, TINY)
+    return np.log(probs / probs.sum(axis=1, keepdims=True))
+
+
+def none(logits, labels):
+    """The network as trained."""
+    return metrics.log_softmax
+
+
+def temperature_nll(logits, labels):
+    """One temperature, lowest NLL [G, sec. 4.2]."""
+    temperature = calibrate.temperature_by_nll(logits, labels)
+    return lambda z: metrics.log_softmax(z / temperature)
+
+
+def temperature_ece(logits, labels):
+    """One temperature of the grid 0.1 ... 10.0, lowest ECE [M, sec. 5]."""
+    temperature = calibrate.temperature_by_ece(logits, labels)
+    return lambda z: metrics.log_softmax(z / temperature)
+
+
+def vector(logits, labels):
+    """A factor and an offset per class, lowest NLL [G, sec. 4.2]; from factor 1 / T and offset 0."""
+    n, classes = logits.shape
+    own = np.eye(classes)[labels]
+
+    def loss(parameters):
+        factor, offset = parameters[:classes], parameters[classes:]
+        log_probs = metrics.log_softmax(logits * factor + offset)
+        slope = (np.exp(log_probs) - own) / n
+        return -(own * log_probs).sum() / n, np.concatenate([(slope * logits).sum(axis=0), slope.sum(axis=0)])
+
+    start = np.full(classes, 1 / calibrate.temperature_by_nll(logits, labels))
+    found = minimize(loss, np.concatenate([start, np.zeros(classes)]), jac=True, method="L-BFGS-B").x
+    return lambda z: metrics.log_softmax(z * found[:classes] + found[classes:])
+
+
+def matrix(logits, labels):
+    """A full linear map of the logits, lowest NLL [G, sec. 4.2]: multinomial logistic regression, hardly regularised.
+
+    Where a class is missing in the labels, its probability is TINY.
+    """
+    model = LogisticRegression(C=100.0, max_iter=2000).fit(logits / np.abs(logits).max(), labels)
+    scale = np.abs(logits).max()
+
+    def apply(z):
+        probs = np.zeros(z.shape)
+        probs[:, model.classes_] = model.predict_proba(z / scale)
+        return _log(probs)
+
+    return apply
+
+
+def isotonic(logits, labels):
+    """A rising step function per class, one against the rest, then scaled to sum 1 [Z]."""
+    probs = np.exp(metrics.log_softmax(logits))
+    maps = [IsotonicRegression(out_of_bounds="clip").fit(p, labels == k) for k, p in enumerate(probs.T)]
+
+    def apply(z):
+        columns = np.exp(metrics.log_softmax(z)).T
+        return _log(np.stack([step.predict(column) for step, column in zip(maps, columns, strict=True)], axis=1))
+
+    return apply
+
+
+def histogram(logits, labels, bins: int = metrics.BINS):
+    """The share of each class in bins of equal mass of its probability, one against the rest, scaled to sum 1 [Z]."""
+    probs = np.exp(metrics.log_softmax(logits))
+    edges = [metrics.equal_mass_edges(p, bins)[1:-1] for p in probs.T]
+    shares = []
+    for k, (inner, p) in enumerate(zip(edges, probs.T, strict=True)):
+        index = np.searchsorted(inner, p.astype(np.float32))
+        count = np.bincount(index, minlength=bins)
+        shares.append(np.bincount(index, labels == k, bins) / np.maximum(count, 1))
+
+    def apply(z):
+        columns = np.exp(metrics.log_softmax(z)).T.astype(np.float32)
+        return _log(
+            np.stack([s[np.searchsorted(e, c)] for s, e, c in zip(shares, edges, columns, strict=True)], axis=1)
+        )
+
+    return apply
+
+
+def _focal_map(log_probs: np.ndarray, gamma: float) -> np.ndarray:
+    """log of p / g(p, gamma), scaled to sum 1: what a minimiser of the focal loss should have said [K; Charoenphakdee
+    et al. 2021], g being calibrate.gradient_factor."""
+    probs = np.exp(log_probs).clip(TINY, 1 - TINY)
+    return metrics.log_softmax(np.log(probs / calibrate.gradient_factor(probs, gamma)))
+
+
+def focal_temperature(logits, labels):
+    """Temperature, then the focal map of one gamma >= 0, both of lowest NLL [K, focal temperature scaling]."""
+
+    def apply(z, parameters):
+        return _focal_map(metrics.log_softmax(z / np.exp(parameters[0])), abs(parameters[1]))
+
+    def loss(parameters):
+        return -apply(logits, parameters)[np.arange(len(labels)), labels].mean()
+
+    start = np.log(calibrate.temperature_by_nll(logits, labels))
+    found = min((minimize(loss, [start, gamma], method="Nelder-Mead") for gamma in (0.1, 2.0)), key=lambda r: r.fun).x
+    return lambda z: apply(z, found)
+
+
+METHODS = {  # the order of tables
+    "none": none,
+    "temperature_nll": temperature_nll,
+    "temperature_ece": temperature_ece,
+    "focal_temperature": focal_temperature,
+    "vector": vector,
+    "matrix": matrix,
+    "isotonic": isotonic,
+    "histogram": histogram,
+}
+
+
+def fit(method: str, logits, labels):
+    """The map called ``method``, fitted on validation logits (N, K) and labels (N,)."""
+    if method not in METHODS:
+        raise ValueError(f"Unknown method '{method}'; choose one of: {', '.join(METHODS)}.")
+    logits, labels = metrics.check(logits, labels)
+    apply = METHODS[method](logits, labels)
+    return lambda z: apply(np.asarray(z, np.float64))

@@ -1,0 +1,141 @@
+import numpy as np
+import pytest
+from relplot import smECE
+from scipy import stats
+
+from focalcal import evidence, metrics
+
+
+@pytest.fixture
+def sharp():
+    """Over-confident logits, three classes, 700 samples."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 700)
+    return 3 * (rng.normal(size=(700, 3)) + np.eye(3)[labels]), labels
+
+
+def test_resamples_are_counts_of_draws_with_replacement():
+    counts = evidence.resamples(50, 400)
+    assert counts.shape == (400, 50) and (counts.sum(axis=1) == 50).all()
+    assert counts.mean() == 1 and counts.var() == pytest.approx(1 - 1 / 50, abs=0.03)  # of a binomial
+    assert np.array_equal(counts, evidence.resamples(50, 400))
+
+
+def test_a_resample_is_measured_as_if_it_were_a_test_set(sharp):
+    logits, labels = sharp
+    counts = evidence.resamples(700, 3)
+    resampled = evidence.resampled_metrics(logits, labels, counts)
+    for row, drawn in enumerate(counts.astype(int)):
+        again = np.repeat(np.arange(700), drawn)
+        for name, metric in metrics.METRICS.items():
+            tolerance = 4e-3 if name == "adaece" else 1e-5  # ties at its edges may fall on either side
+            assert resampled[name][row] == pytest.approx(metric(logits[again], labels[again]), abs=tolerance), name
+
+
+def test_the_interval_of_a_mean_is_that_of_theory():
+    wrong = np.arange(2000) < 400
+    logits = np.stack([np.ones(2000), np.zeros(2000)], axis=1)
+    error = evidence.resampled_metrics(logits, wrong.astype(int), evidence.resamples(2000))["error"]
+    half = 1.645 * np.sqrt(0.2 * 0.8 / 2000)
+    assert evidence.interval(error) == pytest.approx((0.2 - half, 0.2 + half), abs=1e-3)
+
+
+def test_differences_are_paired():
+    rng = np.random.default_rng(1)
+    shared = rng.normal(size=1000)  # what the test set does to both alike
+    noise = 0.01 * rng.normal(size=1000)
+    found = evidence.difference([0.5], [0.4], (0.5 + shared)[None], (0.4 + shared + noise)[None])
+    assert found["difference"] == pytest.approx(0.1) and found["high"] - found["low"] == pytest.approx(
+        2 * 1.645 * 0.01, rel=0.1
+    )
+    assert found["p"] < 1e-10
+    assert evidence.difference([0.5], [0.5], shared[None], shared[None])["p"] == 1
+
+
+def test_seeds_widen_the_interval():
+    ours, theirs, same = np.array([0.2, 0.5, 0.8]), np.zeros(3), np.zeros((3, 100))
+    found = evidence.difference(ours, theirs, same, same)
+    t = stats.ttest_1samp(ours, 0)  # nothing but the seeds varies
+    assert found["p"] == pytest.approx(t.pvalue)
+    assert (found["low"], found["high"]) == pytest.approx(tuple(t.confidence_interval(0.90)))
+
+
+def test_holm_by_hand():
+    assert evidence.holm([0.01, 0.04, 0.03]).tolist() == pytest.approx([0.03, 0.06, 0.06])
+    assert evidence.holm([0.5, 0.9]).tolist() == [1, 1]
+
+
+def calibrated(samples, seed, temperature=1.0):
+    """Logits whose labels are drawn from their own softmax, then divided by a temperature."""
+    rng = np.random.default_rng(seed)
+    logits = 2 * rng.normal(size=(samples, 4))
+    probs = np.exp(metrics.log_softmax(logits))
+    labels = (probs.cumsum(axis=1) > rng.random((samples, 1))).argmax(axis=1)
+    return logits / temperature, labels
+
+
+def test_the_bias_of_ece_is_seen_and_removed():
+    """A calibrated model: binned ECE grows as the test set shrinks, the debiased error stays near 0."""
+    ece = [np.mean([metrics.ece(*calibrated(n, seed)) for seed in range(20)]) for n in (200, 20_000)]
+    debiased = [
+        np.mean([evidence.debiased_error(*calibrated(n, seed)) ** 2 for seed in range(20)]) for n in (200, 20_000)
+    ]
+    assert ece[0] > 0.05 and ece[1] < 0.01
+    assert np.sqrt(debiased[0]) < 0.05 and np.sqrt(debiased[1]) < 0.006
+
+
+def test_debiased_error_by_hand():
+    # one bin of four with confidence 0.9, three right: (0.9 - 0.75)^2 - 0.75 * 0.25 / 3 = -0.04; with one right instead
+    logits = np.log([[0.9, 0.1]] * 4)
+    assert evidence.debiased_error(logits, np.array([0, 0, 0, 1]), bins=1) == 0
+    by_hand = np.sqrt((0.9 - 0.25) ** 2 - 0.25 * 0.75 / 3)
+    assert evidence.debiased_error(logits, np.array([0, 1, 1, 1]), bins=1) == pytest.approx(by_hand)
+
+
+def direct_smooth_ece(confidence, correct, width):
+    """The definition: residuals smoothed by a Gaussian reflected at 0 and 1, integrated by the trapezoidal rule."""
+    grid = np.linspace(0, 1, 4001)
+    total = np.zeros_like(grid)
+    for mirror in (confidence, -confidence, 2 - confidence):
+        total += ((correct - confidence) * stats.norm.pdf(grid[:, None], mirror, width)).sum(axis=1) / len(confidence)
+    return np.trapezoid(np.abs(total), grid)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_smooth_ece_against_its_definition_and_relplot(temperature):
+    logits, labels = calibrated(300, 0, temperature)
+    confidence, correct = metrics.confidence_correct(logits, labels)
+    value = evidence.smooth_ece(logits, labels)
+    assert direct_smooth_ece(confidence.astype(float), correct, value) == pytest.approx(value, abs=2e-4)
+    assert smECE(confidence.astype(float), correct.astype(float)) == pytest.approx(value, rel=0.03, abs=1e-3)
+
+
+def test_proper_scores_split(sharp):
+    parts = evidence.brier_split(*sharp)
+    confidence, correct = metrics.confidence_correct(*sharp)
+    assert parts["brier_top"] == pytest.approx(((confidence - correct) ** 2).mean())
+    whole = parts["miscalibration"] - parts["discrimination"] + parts["uncertainty"]
+    assert whole == pytest.approx(parts["brier_top"]) and min(parts.values()) >= 0
+    cold = evidence.brier_split(
+        sharp[0] / 10, sharp[1]
+    )  # scaling moves miscalibration only: the order of samples stays
+    assert cold["uncertainty"] == parts["uncertainty"]
+    nll = evidence.nll_split(*sharp)
+    assert nll["calibration"] > 0 and nll["calibration"] + nll["refinement"] == pytest.approx(nll["nll"])
+    assert evidence.nll_split(sharp[0] / 10, sharp[1])["refinement"] == pytest.approx(nll["refinement"], abs=1e-6)
+
+
+def test_miscalibration_by_hand():
+    # two say 0.8 and one is right, two say 0.6 and both are right: isotonic gives 3/4 to all
+    logits = np.log([[0.8, 0.2], [0.8, 0.2], [0.6, 0.4], [0.6, 0.4]])
+    parts = evidence.brier_split(logits, np.array([0, 1, 0, 0]))
+    score = (0.2**2 + 0.8**2 + 2 * 0.4**2) / 4
+    assert parts["miscalibration"] == pytest.approx(score - 3 / 16)
+    assert parts["discrimination"] == pytest.approx(0) and parts["uncertainty"] == pytest.approx(3 / 16)
+
+
+def test_ece_by_number_of_bins(sharp):
+    found = evidence.by_bins(*sharp, [1, 15])
+    confidence, correct = metrics.confidence_correct(*sharp)
+    assert found["equal width"][0] == pytest.approx(abs(confidence.mean() - correct.mean()))
+    assert found["equal width"][1] == metrics.ece(*sharp) and found["equal mass"][1] == metrics.adaptive_ece(*sharp)

@@ -1,0 +1,85 @@
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+from focalcal import calibrate, metrics, posthoc
+
+
+def drawn(samples, seed, distort=lambda z: z):
+    """Distorted logits of labels drawn from softmax(z): z is what calibration should give back."""
+    rng = np.random.default_rng(seed)
+    z = 1.5 * rng.normal(size=(samples, 4))
+    probs = np.exp(metrics.log_softmax(z))
+    labels = (probs.cumsum(axis=1) > rng.random((samples, 1))).argmax(axis=1)
+    return distort(z), labels, z
+
+
+FACTORS, OFFSETS = np.array([2.0, 1.0, 0.5, 1.5]), np.array([0.5, -0.5, 0.0, 1.0])
+MIXED = np.eye(4) + 0.3 * np.arange(16).reshape(4, 4) / 15
+DISTORTIONS = {
+    "temperature_nll": lambda z: 3 * z,
+    "temperature_ece": lambda z: 3 * z,
+    "focal_temperature": lambda z: 3 * z,
+    "vector": lambda z: (z - OFFSETS) / FACTORS,
+    "matrix": lambda z: z @ np.linalg.inv(MIXED),
+    "isotonic": lambda z: 3 * z,
+    "histogram": lambda z: 3 * z,
+}
+
+
+@pytest.mark.parametrize("method", DISTORTIONS)
+def test_each_method_undoes_the_distortion_it_is_made_for(method):
+    apply = posthoc.fit(method, *drawn(20_000, 0, DISTORTIONS[method])[:2])
+    logits, labels, z = drawn(10_000, 1, DISTORTIONS[method])
+    fixed = apply(logits)
+    assert np.exp(fixed).sum(axis=1) == pytest.approx(1)
+    rough = method in ("isotonic", "histogram")  # one class against the rest cannot undo it exactly
+    assert metrics.nll(fixed, labels) == pytest.approx(metrics.nll(z, labels), abs=0.06 if rough else 0.003)
+    assert metrics.ece(fixed, labels) < (0.03 if rough else 0.02) < metrics.ece(logits, labels) or method == "matrix"
+
+
+def test_none_changes_nothing_but_the_scale():
+    logits, labels, _ = drawn(50, 0)
+    assert metrics.nll(posthoc.fit("none", logits, labels)(logits), labels) == pytest.approx(
+        metrics.nll(logits, labels)
+    )
+
+
+def test_focal_temperature_undoes_the_focal_loss():
+    """Two classes: the focal loss is least at the q with p / (1 - p) = q / g(q) : (1 - q) / g(1 - q)."""
+    gamma, q = 3.0, np.linspace(0.02, 0.98, 49)
+    odds = q / calibrate.gradient_factor(q, gamma) * calibrate.gradient_factor(1 - q, gamma) / (1 - q)
+    p = odds / (1 + odds)
+    grid = np.linspace(1e-4, 1 - 1e-4, 9999)
+    for true, said in zip(p[::8], q[::8], strict=True):
+        risk = -true * (1 - grid) ** gamma * np.log(grid) - (1 - true) * grid**gamma * np.log(1 - grid)
+        assert grid[risk.argmin()] == pytest.approx(said, abs=2e-3)
+    fixed = posthoc._focal_map(np.log(np.stack([q, 1 - q], axis=1)), gamma)
+    assert np.exp(fixed[:, 0]) == pytest.approx(p)
+
+
+def test_isotonic_and_histogram_by_hand():
+    logits = np.log([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
+    labels = np.array([0, 1, 0, 1])
+    isotonic = np.exp(posthoc.fit("isotonic", logits, labels)(logits))[:, 0]
+    assert isotonic == pytest.approx([1, 0.5, 0.5, 0], abs=1e-6)
+    # two bins: for either class up to the third smallest probability (share 1/3), and the largest (share 1)
+    halves = np.exp(posthoc.histogram(logits, labels, bins=2)(logits))[:, 0]
+    assert halves == pytest.approx([1 / (1 + 1 / 3), 1 / 2, 1 / 2, 1 / 3 / (1 + 1 / 3)])
+
+
+def test_matrix_scaling_with_a_class_that_validation_lacks():
+    logits, labels, _ = drawn(300, 0)
+    labels[labels == 2] = 1
+    apply = posthoc.fit("matrix", logits, labels)
+    assert apply(logits).shape == (300, 4) and np.exp(apply(logits))[:, 2].max() < 1e-9
+    with pytest.raises(ValueError, match="Unknown method 'platt'; choose one of: none"):
+        posthoc.fit("platt", logits, labels)
+
+
+def test_vector_scaling_is_least_among_its_kind():
+    logits, labels, _ = drawn(500, 3, lambda z: 2 * z)
+    best = metrics.nll(posthoc.fit("vector", logits, labels)(logits), labels)
+    assert best <= metrics.nll(posthoc.fit("temperature_nll", logits, labels)(logits), labels) + 1e-9
+    full = LogisticRegression(C=1e6, max_iter=5000).fit(logits, labels).predict_proba(logits)
+    assert best >= metrics.nll(np.log(full), labels) - 1e-6
