@@ -38,7 +38,8 @@ def test_requirements_are_pinned_hashed_and_name_no_host():
 
 def test_the_parameters_name_what_exists():
     shared, known = PARAMS["shared"], Training.model_fields
-    assert set(PARAMS["active"]["losses"]) <= set(shared["losses"]) <= set(losses.LOSSES)
+    assert set(PARAMS["active"]["losses"]) <= set(shared["losses"])
+    assert set(losses.LOSSES) <= set(shared["losses"]) <= set(plots.STYLE)
     assert set(PARAMS["active"]["studies"]) <= set(PARAMS["studies"])
     for name, special in shared["losses"].items():
         losses.make(name, **{key: value for key, value in special.items() if key not in known})

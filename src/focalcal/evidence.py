@@ -103,6 +103,13 @@ def holm(p: np.ndarray) -> np.ndarray:
     return corrected
 
 
+def verdicts(gap, corrected_p) -> list[str]:
+    """better (lower), worse or not distinguishable, for differences of a metric and their corrected p-values."""
+    sure = np.asarray(corrected_p) <= 1 - LEVEL + 1e-12
+    sides = np.where(np.asarray(gap) < 0, "better", "worse")
+    return np.where(sure, sides, "not distinguishable").tolist()
+
+
 def debiased_error(logits, labels, bins: int = metrics.BINS) -> float:
     """Root-mean-square top-label calibration error, its sampling bias subtracted (Kumar et al. 2019, sec. 5).
 

@@ -7,6 +7,7 @@ and told apart by dashes too) and line style.
 from pathlib import Path
 
 import matplotlib
+import matplotlib.colors
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
@@ -22,6 +23,10 @@ STYLE = {
     "focal1": ("Focal, γ = 1", "#66BBEE", "-"),
     "focal2": ("Focal, γ = 2", "#3377BB", "-"),
     "focal3": ("Focal, γ = 3", "#1A2A77", "-"),
+    "focal4": ("Focal, γ = 4", "#5A3F9E", "--"),
+    "focal5": ("Focal, γ = 5", "#7E57C2", "-"),
+    "focal6": ("Focal, γ = 6", "#A98BE0", "--"),
+    "focal7": ("Focal, γ = 7", "#C9B6F2", "-"),
     "flsd53": ("FLSD-53", "#117733", "-"),
     "flsc531": ("FLSc-531", "#999933", ":"),
     "adafocal": ("AdaFocal", "#D55E00", "-"),
@@ -169,6 +174,37 @@ def paired_bars(ax, names, before, after, colors, ylabel: str) -> None:
     ax.grid(axis="x", visible=False)
     handles = [Patch(facecolor="#555555", alpha=alpha, label=name) for alpha, name in ((0.4, "before"), (1, "after"))]
     ax.legend(handles=handles, ncols=2, loc="upper center")
+
+
+def intervals(ax, rows, shift: float, marker: str, name: str, factor: float = 1.0) -> None:
+    """A row per loss: value and interval of a table with columns loss, value, low and high, times ``factor``.
+
+    name: of all these in the legend; marker: 'o' is drawn full, others empty.
+    """
+    fill = "full" if marker == "o" else "none"
+    for y, row in enumerate(rows.itertuples()):
+        color = style(row.loss)["color"]
+        ax.plot([factor * row.low, factor * row.high], [y + shift] * 2, color=color, linewidth=1.5)
+        ax.plot(factor * row.value, y + shift, marker, color=color, fillstyle=fill)
+    ax.plot([], [], marker, color="#555555", fillstyle=fill, label=name)
+    ax.set_yticks(range(len(rows)), [label(loss) for loss in rows.loss])
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+
+
+def verdict_map(ax, losses, pairs) -> None:
+    """A square of losses: blue where the row's is better than the column's, red where worse, grey undecided.
+
+    pairs: rows with columns one, other and verdict (of one against other).
+    """
+    sign, grid = {"better": 1, "worse": -1}, np.full((len(losses), len(losses)), np.nan)
+    for row in pairs.itertuples():
+        i, j = losses.index(row.one), losses.index(row.other)
+        grid[i, j], grid[j, i] = sign.get(row.verdict, 0), -sign.get(row.verdict, 0)
+    ax.imshow(grid, cmap=matplotlib.colors.ListedColormap(["#CC6677", "#DDDDDD", "#4477AA"]), vmin=-1, vmax=1)
+    names = [label(loss) for loss in losses]
+    ax.set_xticks(range(len(losses)), names, rotation=90)
+    ax.set_yticks(range(len(losses)), names)
+    ax.grid(visible=False)
 
 
 def gradient_histograms(axes, norms, epochs) -> None:
