@@ -1,6 +1,6 @@
 # make results   environment, data, the whole pipeline          make test   the tests
 # make lab       JupyterLab on the notebooks                    make lock   requirements.txt anew from pyproject.toml
-# make strip     notebooks without outputs, before a commit make bench  speed beside stock loops, on this machine
+# make strip     notebooks without outputs, before a commit     make bench  speed beside stock loops, on this machine
 # make artifacts the committed results' histories, logits, tables and executed notebooks, without training
 
 PYTHON ?= python3
@@ -20,6 +20,7 @@ results: data
 
 data: $(READY)
 	python -m focalcal.data
+	dvc pull --quiet published/*.dvc
 
 artifacts: $(READY)
 	dvc pull --allow-missing

@@ -141,3 +141,10 @@ def test_ece_by_number_of_bins(sharp):
     confidence, correct = metrics.confidence_correct(*sharp)
     assert found["equal width"][0] == pytest.approx(abs(confidence.mean() - correct.mean()))
     assert found["equal width"][1] == metrics.ece(*sharp) and found["equal mass"][1] == metrics.adaptive_ece(*sharp)
+
+
+def test_the_best_and_what_is_not_told_apart_from_it():
+    noise = np.random.default_rng(0).normal(scale=0.01, size=(3, 1, 500))
+    values = {"good": np.array([0.10]), "near": np.array([0.105]), "bad": np.array([0.30])}
+    draws = {name: value + part for (name, value), part in zip(values.items(), noise, strict=True)}
+    assert evidence.best_and_tied(values, draws) == ("good", ["near"])

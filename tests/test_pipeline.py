@@ -28,7 +28,7 @@ def copy(tmp_path_factory):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(REPOSITORY / name, folder / name)
     parameters = yaml.safe_load((folder / "params.yaml").read_text())
-    parameters["active"] = {"studies": ["tiny"], "published": [], "losses": LOSSES, "seeds": [0]}
+    parameters["active"] = {"studies": ["tiny"], "published": [], "sweeps": [], "losses": LOSSES, "seeds": [0]}
     parameters["studies"]["tiny"] = {
         "data": {"dataset": "digits", "train": 300, "val": 100, "test": 200, "shifted": ["digits", "svhn"]},
         "training": {"network": "small_resnet", "epochs": 3, "milestones": [2, 3], "augment": False},

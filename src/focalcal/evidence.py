@@ -20,8 +20,8 @@ def resamples(samples: int, count: int = RESAMPLES, seed: int = 0) -> np.ndarray
     return np.bincount(drawn.ravel(), minlength=count * samples).reshape(count, samples).astype(np.float32)
 
 
-def resampled_metrics(logits, labels, counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Every metric of metrics.METRICS on every resample: name -> (len(counts),).
+def resampled_metrics(logits, labels, counts: np.ndarray, names=tuple(metrics.METRICS)) -> dict[str, np.ndarray]:
+    """The named metrics of metrics.METRICS on every resample: name -> (len(counts),).
 
     As there, but for rounding; bins of equal mass are cut anew in every resample, at whole samples.
     """
@@ -32,21 +32,19 @@ def resampled_metrics(logits, labels, counts: np.ndarray) -> dict[str, np.ndarra
     confidence, correct = metrics.confidence_correct(logits, labels)
     brier = (probs**2).sum(axis=1) - 2 * probs[samples, labels] + 1
     means = counts @ np.stack([~correct, -log_probs[samples, labels], brier], axis=1).astype(np.float32) / n
+    found = {"error": means[:, 0], "nll": means[:, 1], "brier": means[:, 2]}
 
     residual, index = (confidence - correct).astype(np.float32), metrics.equal_width_index(confidence, bins)
     inside = np.zeros((n, 2 * bins), np.float32)
     inside[samples, index], inside[samples, bins + index] = residual, 1
     sums = counts @ inside
     gaps, held = np.abs(sums[:, :bins]), sums[:, bins:]
-    return {
-        "error": means[:, 0],
-        "nll": means[:, 1],
-        "ece": gaps.sum(axis=1) / n,
-        "adaece": _equal_mass(confidence, residual, counts, bins),
-        "classwise_ece": _classwise(probs.astype(np.float32), labels, counts, bins),
-        "mce": (gaps / np.maximum(held, 1)).max(axis=1),
-        "brier": means[:, 2],
-    }
+    found |= {"ece": gaps.sum(axis=1) / n, "mce": (gaps / np.maximum(held, 1)).max(axis=1)}
+    if "adaece" in names:
+        found["adaece"] = _equal_mass(confidence, residual, counts, bins)
+    if "classwise_ece" in names:
+        found["classwise_ece"] = _classwise(probs.astype(np.float32), labels, counts, bins)
+    return {name: found[name] for name in names}
 
 
 def _equal_mass(confidence, residual, counts, bins: int) -> np.ndarray:
@@ -108,6 +106,18 @@ def verdicts(gap, corrected_p) -> list[str]:
     sure = np.asarray(corrected_p) <= 1 - LEVEL + 1e-12
     sides = np.where(np.asarray(gap) < 0, "better", "worse")
     return np.where(sure, sides, "not distinguishable").tolist()
+
+
+def best_and_tied(values: dict, draws: dict) -> tuple[str, list[str]]:
+    """The name with the lowest mean, and those that paired differences, corrected for their number, leave undecided.
+
+    values: name -> (S,), a value per seed; draws: name -> (S, resamples).
+    """
+    best = min(values, key=lambda name: np.mean(values[name]))
+    others = [name for name in values if name != best]
+    found = [difference(values[best], values[name], draws[best], draws[name]) for name in others]
+    judged = verdicts([row["difference"] for row in found], holm([row["p"] for row in found]))
+    return best, [name for name, said in zip(others, judged, strict=True) if said == "not distinguishable"]
 
 
 def debiased_error(logits, labels, bins: int = metrics.BINS) -> float:

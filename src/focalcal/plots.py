@@ -164,6 +164,21 @@ def sweep(ax, gammas, values, levels) -> None:
     ax.set(xlabel="γ")
 
 
+def sweep_by_size(ax, table, column: str, factor: float = 1.0) -> None:
+    """A metric over gamma: a colour per size of training set, test values drawn through and validation dotted.
+
+    table: rows with columns train (images), split, gamma and the metric's, which is multiplied by ``factor``.
+    """
+    sizes = sorted(table.train.unique())
+    shades = plt.get_cmap("plasma")(np.linspace(0.15, 0.75, len(sizes)))
+    for size, shade in zip(sizes, shades, strict=True):
+        for split, dashes in (("test", "-"), ("val", ":")):
+            row = table[(table.train == size) & (table.split == split)].groupby("gamma")[column].mean()
+            name = f"{size:,} images, {split}"
+            ax.plot(row.index, factor * row, dashes, marker="o", markersize=3, color=shade, label=name)
+    ax.set(xlabel="γ", xticks=sorted(table.gamma.unique()))
+
+
 def paired_bars(ax, names, before, after, colors, ylabel: str) -> None:
     """Two bars per loss, before (light) and after (full colour) temperature scaling."""
     at = np.arange(len(names))

@@ -15,20 +15,27 @@ SPLITS = ("val", "test")
 
 def folder(study: str, loss: str, seed: int) -> Path:
     """Where the files of a run lie."""
-    published = paths.root() / "published" / study
-    trained = paths.study(study)
-    at = published if study in settings.params()["active"]["published"] or not trained.is_dir() else trained
-    return at / "runs" / loss / str(seed)
+    return _runs(study) / loss / str(seed)
+
+
+def _runs(study: str) -> Path:
+    """The folder of a study's runs."""
+    trained, published = paths.study(study) / "runs", paths.root() / "published" / study / "runs"
+    chosen = settings.params()["active"]
+    if study in chosen["published"] or (study not in chosen["studies"] and not trained.is_dir()):
+        return published
+    return trained
 
 
 def pairs(study: str) -> list[tuple[str, int]]:
-    """The (loss, seed) of a study's runs: the active ones of params.yaml, or all that are published."""
-    chosen = settings.params()
-    top, order = folder(study, "", 0).parent, list(chosen["shared"]["losses"])
-    if study not in chosen["active"]["published"]:
+    """The (loss, seed) of a study's runs: the active ones of params.yaml if the study is, else all that there are."""
+    chosen, top = settings.params(), _runs(study)
+    order = list(chosen["shared"]["losses"])
+    if study in chosen["active"]["studies"] and study not in chosen["active"]["published"]:
         return [(loss, seed) for loss in chosen["active"]["losses"] for seed in chosen["active"]["seeds"]]
     if not top.is_dir():
-        raise FileNotFoundError(f"{top} is missing; `dvc pull published/{study}` fetches it.")
+        fetch = f"`dvc pull published/{study}.dvc` fetches it, if it is published"
+        raise FileNotFoundError(f"No runs of study '{study}': {top} is missing; {fetch}.")
     found = [(path.parent.name, int(path.name)) for path in top.glob("*/*") if path.name.isdigit()]
     return sorted(found, key=lambda run: (order.index(run[0]) if run[0] in order else len(order), *run))
 
@@ -111,14 +118,28 @@ def verdict(ours: float, paper: float) -> str:
     return "partial" if max(ours, paper) <= 2 * min(ours, paper) else "no match"
 
 
-def against_papers(study: str, dataset: str, network: str) -> pd.DataFrame:
-    """ECE in per cent before and after scaling by ECE, and its temperature, beside the papers' and with verdicts.
+def papers_of(study: str) -> dict[str, str]:
+    """Data set and network whose published numbers go beside a study's; nothing for models from elsewhere."""
+    return settings.study(study).papers if study in settings.params()["studies"] else {"dataset": "", "network": ""}
 
-    A row per loss: mean and standard deviation over seeds, the papers' number, the difference, ``verdict``.
+
+def repeats_papers(study: str) -> bool:
+    """Whether a study has the very data set and network of the published numbers beside it."""
+    papers = papers_of(study)
+    if not papers["dataset"]:
+        return False
+    network = settings.training(study, pairs(study)[0][0])[0].network.removesuffix("_tiny_imagenet")
+    return (settings.data(study).dataset, network) == (papers["dataset"], papers["network"])
+
+
+def against_papers(study: str) -> pd.DataFrame:
+    """ECE in per cent before and after scaling by ECE beside the papers', with verdicts; see ``verdict``.
+
+    A row per loss: mean and standard deviation over seeds, the papers' number, the difference, the verdict.
     """
     scaling = {"ECE %": ("ece", "none"), "ECE % scaled": ("ece", "ece")}
     mean, deviation = 100 * results(study), 100 * results(study, "std")
-    table = beside_papers(pd.DataFrame({name: mean[column] for name, column in scaling.items()}), dataset, network)
+    table = beside_papers(pd.DataFrame({name: mean[column] for name, column in scaling.items()}), **papers_of(study))
     for at, (name, column) in reversed(list(enumerate(scaling.items()))):
         ours, theirs = table[name], table[f"{name} (papers)"]
         if deviation.notna().any(axis=None):

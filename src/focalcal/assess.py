@@ -1,0 +1,83 @@
+"""Tables and figures for logits that come from elsewhere, without training.
+
+    python -m focalcal.assess STUDY MODEL.npz [MODEL.npz ...]
+
+Each file holds val_logits and test_logits, (N, K), and val_labels and test_labels, (N,); its name is the model's in
+every table. The chapters that need nothing else (03, 07, 08, 10 and 11) are executed for all of them side by side:
+figures and tables go to figures/STUDY, notebooks and numbers to artifacts/STUDY.
+"""
+
+import argparse
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from focalcal import metrics, notebook, paths, settings
+
+CHAPTERS = ("03_scale", "07_reliability", "08_results", "10_evidence", "11_calibratability")
+ARRAYS = ("val_logits", "val_labels", "test_logits", "test_labels")
+FEWEST = 200  # samples of a split: fewer say nothing about fifteen bins
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """The four arrays of a file, checked; ValueError, in one sentence, for anything that cannot be logits."""
+    file = paths.read_npz(path)
+    missing = [name for name in ARRAYS if name not in file]
+    if missing:
+        raise ValueError(f"{path} lacks the array '{missing[0]}'; it has: {', '.join(file) or 'none'}.")
+    for split in ("val", "test"):
+        logits, labels = file[f"{split}_logits"], file[f"{split}_labels"]
+        try:
+            logits, labels = metrics.check(logits, labels)
+        except ValueError as problem:
+            raise ValueError(f"{path}, {split}: {problem}") from problem
+        if len(labels) < FEWEST:
+            raise ValueError(f"{path}: {len(labels)} samples in {split} are too few; {FEWEST} or more are needed.")
+        if logits.min() >= 0 and np.allclose(logits.sum(axis=1), 1, atol=1e-2):
+            raise ValueError(f"{path}: {split}_logits look like probabilities; store their logarithms instead.")
+    if file["val_logits"].shape[1] != file["test_logits"].shape[1]:
+        counts = file["val_logits"].shape[1], file["test_logits"].shape[1]
+        raise ValueError(f"{path}: val has {counts[0]} classes and test has {counts[1]}.")
+    return {name: file[name] for name in ARRAYS}
+
+
+def assess(study: str, files: list[Path]) -> None:
+    """Execute the chapters for these models; nothing is written before every file has been found good."""
+    if not re.fullmatch(r"[\w-]+", study):
+        raise ValueError(f"A study's name consists of letters, digits, _ and -, got '{study}'.")
+    if study in settings.params()["studies"]:
+        raise ValueError(f"'{study}' is a study of params.yaml; choose another name.")
+    models = {path.stem: read(path) for path in files}
+    if len(models) < len(files):
+        raise ValueError("Two files have the same name; models are told apart by it.")
+    (first, reference), *others = models.items()
+    for name, arrays in others:
+        if not np.array_equal(arrays["test_labels"], reference["test_labels"]):
+            raise ValueError(f"The test labels of {name} and {first} differ; assess them as two studies.")
+    shutil.rmtree(paths.study(study), ignore_errors=True)
+    for name, arrays in models.items():
+        paths.write_npz(paths.run(study, name, 0) / "logits.npz", **arrays)
+    for chapter in CHAPTERS:
+        source = paths.root() / "notebooks" / f"{chapter}.ipynb"
+        notebook.execute(source, paths.study(study) / "notebooks" / source.name, {"study": study})
+    print(f"Figures and tables: {paths.root() / 'figures' / study}")
+    print(f"Executed notebooks: {paths.study(study) / 'notebooks'}")
+
+
+def main(arguments=None) -> None:
+    """Command line; see the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m focalcal.assess", description=__doc__.split("\n")[0])
+    parser.add_argument("study", help="a new name for these models together")
+    parser.add_argument("file", nargs="+", type=Path, help="MODEL.npz")
+    given = parser.parse_args(arguments)
+    try:
+        assess(given.study, given.file)
+    except (ValueError, RuntimeError, OSError) as problem:
+        sys.exit(f"focalcal: {problem}")
+
+
+if __name__ == "__main__":
+    main()
