@@ -1,6 +1,7 @@
 # make results   environment, data, the whole pipeline          make test   the tests
 # make lab       JupyterLab on the notebooks                    make lock   requirements.txt anew from pyproject.toml
 # make strip     notebooks without outputs, before a commit     make bench  speed beside stock loops, on this machine
+# make report    a static site of results and chapters in site/, from what results or artifacts left
 # make artifacts the committed results' histories, logits, tables and executed notebooks, without training
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: results data artifacts test bench lab strip lock clean
+.PHONY: results data artifacts report test bench lab strip lock clean
 
 results: data
 	dvc repro
@@ -24,6 +25,9 @@ data: $(READY)
 
 artifacts: $(READY)
 	dvc pull --allow-missing
+
+report: $(READY)
+	python report/build.py
 
 test: $(READY)
 	ruff check .
@@ -41,7 +45,7 @@ strip: $(READY)
 
 lock: $(READY)
 	pip install --quiet uv
-	uv pip compile --quiet --universal --generate-hashes --extra test \
+	uv pip compile --quiet --universal --generate-hashes --extra test --extra report \
 		--custom-compile-command "make lock" pyproject.toml --output-file requirements.txt --upgrade
 
 clean:

@@ -1,7 +1,7 @@
 """Finished runs from any machine, packed into one file, and published in this repository's DVC store.
 
-    python -m focalcal.publish pack STUDY [--weights]    on the machine that trained: writes STUDY.tar
-    python -m focalcal.publish add FILE.tar ...          here: into published/STUDY, pinned by published/STUDY.dvc
+    python -m focalcal.publish pack STUDY           on the machine that trained: writes STUDY.tar
+    python -m focalcal.publish add FILE.tar ...     here: into published/STUDY, pinned by published/STUDY.dvc
 
 A published study needs its block in params.yaml and its name under active.published; `dvc repro` then analyses it.
 """
@@ -20,17 +20,18 @@ import pandas as pd
 
 from focalcal import calibrate, metrics, paths, settings
 
-RUN_FILES = ("history.csv", "logits.npz", "gradients.npz", "shifted.npz")
+RUN_FILES = ("history.csv", "logits.npz", "gradients.npz")  # and shifted.npz, where chapter 9 is wanted
 TOLERANCE = 1e-4  # by which half-precision logits may change a metric
 MEMBER = re.compile(
     r"[\w.-]+/(runs/\w+/\d+/\w+\.(csv|npz)|(provenance|models)/\w+-\d+\.(json|safetensors)|params\.yaml)"
 )
 
 
-def pack(study: str, out: Path, weights: bool = False) -> int:
+def pack(study: str, out: Path, weights: bool = False, shifted: bool = True) -> int:
     """Write a study's finished runs to ``out``: histories, predictions, gradients, provenance, and params.yaml.
 
-    Returns how many there are. Raises FileNotFoundError if there is none; runs that lack a file are named and left out.
+    weights: also the networks; shifted: also the predictions for images from elsewhere, the largest part. Returns
+    how many runs there are; those that lack a file are named and left out. Raises FileNotFoundError if there is none.
     """
     folder, found = paths.study(study), 0
     with paths.atomic(out) as part, tarfile.open(part, "w") as archive:
@@ -38,7 +39,7 @@ def pack(study: str, out: Path, weights: bool = False) -> int:
             loss, seed = run.parent.name, run.name
             beside = [folder / "provenance" / f"{loss}-{seed}.json"]
             beside += [folder / "models" / f"{loss}-{seed}.safetensors"] if weights else []
-            wanted = [*(run / name for name in RUN_FILES), *beside]
+            wanted = [*(run / name for name in (*RUN_FILES, *["shifted.npz"] * shifted)), *beside]
             missing = [path.name for path in wanted if not path.is_file()]
             if missing:
                 print(f"{loss}, seed {seed} is left out: {', '.join(missing)} missing.")
@@ -125,13 +126,14 @@ def main(arguments=None) -> None:
     packing.add_argument("study")
     packing.add_argument("--out", type=Path, help="instead of STUDY.tar")
     packing.add_argument("--weights", action="store_true", help="with the networks' weights")
+    packing.add_argument("--without-shifted", action="store_true", help="without what only chapter 9 reads; smaller")
     adding = commands.add_parser("add", help="publish packed runs")
     adding.add_argument("file", nargs="+", type=Path)
     given = parser.parse_args(arguments)
     try:
         if given.command == "pack":
             out = given.out or Path(f"{given.study}.tar")
-            count = pack(given.study, out, given.weights)
+            count = pack(given.study, out, given.weights, not given.without_shifted)
             print(f"{count} runs in {out} ({out.stat().st_size / 1e6:.1f} MB).")
             return
         for folder in dict.fromkeys([add(file) for file in given.file]):

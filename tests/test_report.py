@@ -1,0 +1,118 @@
+"""The static site: built from a clone's committed artifacts, and used in a real browser where there is one."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The report of the committed results, built in a clone: its folder."""
+    folder = tmp_path_factory.mktemp("report")
+    clone, site = folder / "clone", folder / "site"
+    environment = os.environ | {"PYTHONPATH": str(clone / "src")}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    for command in (
+        ["git", "clone", "-q", REPOSITORY, clone],
+        ["dvc", "pull", "-q", "--allow-missing"],
+        [sys.executable, "report/build.py", site],
+    ):
+        where = clone if clone.exists() else folder
+        done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return site
+
+
+def test_every_link_resolves_and_none_leaves_for_a_script_or_style(site):
+    pages = sorted(site.glob("*.html"))
+    assert len(pages) > 15
+    for page in pages:
+        html = page.read_text()
+        assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=[\"'](https?:)?//", html), page.name
+        for target in re.findall(r"(?:href|src)=\"([^\"#?]+)[\"#?]", re.sub(r"(?s)<script>.*?</script>", "", html)):
+            if not target.startswith(("http", "mailto:", "data:", "$")):
+                assert (page.parent / unquote(target)).exists(), f"{page.name}: {target}"
+
+
+def test_the_opening_page_is_small_and_holds_the_numbers(site):
+    html = (site / "index.html").read_text()
+    assert (site / "index.html").stat().st_size < 2.8e6
+    assert "The answer, in the default study" in html and "Dual focal" in html and "{{" not in html.split("<script")[0]
+    assert (site / "provenance.html").read_text().count("<tr") > 12
+    assert len(list((site / "_downloads").rglob("*.csv"))) > 20
+
+
+@pytest.fixture
+def page(site):
+    if BROWSER is None:
+        pytest.skip("no Chromium on this machine")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.said, page.asked = [], []
+        page.on("console", lambda message: page.said.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda problem: page.said.append(str(problem)))
+        page.on("request", lambda request: page.asked.append(request.url))
+        yield page
+        browser.close()
+
+
+def open_index(page, site):
+    page.goto(f"file://{site}/index.html")
+    page.wait_for_selector("#chart-curves svg")
+    page.wait_for_selector("table.dataTable tbody tr")
+
+
+def test_no_page_says_an_error_or_asks_another_machine(site, page):
+    open_index(page, site)
+    for path in sorted(site.glob("*.html")):
+        page.goto(f"file://{path}")
+    assert page.said == []
+    assert [url for url in page.asked if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+def test_the_table_sorts_and_filters(site, page):
+    open_index(page, site)
+    column = "table.dataTable tbody tr td:nth-child({})"
+    page.locator("table.dataTable tfoot input").nth(2).fill("ECE %")
+    page.locator("table.dataTable tfoot input").nth(3).fill("none")
+    page.locator("table.dataTable thead th", has_text="value").click()
+    values = [float(text) for text in page.locator(column.format(5)).all_inner_texts()]
+    assert len(values) > 5 and values == sorted(values)
+    assert set(page.locator(column.format(4)).all_inner_texts()) == {"none"}
+
+
+def test_the_controls_move_the_figures(site, page):
+    open_index(page, site)
+    ece = page.locator("#chart-reliability svg text", has_text="ECE")
+    before = ece.inner_text()
+    page.locator("#chart-reliability input[type=range]").fill("2.5")
+    page.wait_for_timeout(300)
+    scaled = ece.inner_text()
+    page.locator("#chart-reliability select").first.select_option("FLSD-53")
+    page.wait_for_timeout(300)
+    assert before != scaled != ece.inner_text() and float(scaled.split()[1]) < float(before.split()[1])
+    lines = page.locator("#chart-curves svg").inner_html()
+    page.locator("#chart-curves select").select_option("Test ECE")
+    page.wait_for_timeout(300)
+    assert page.locator("#chart-curves svg").inner_html() != lines
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_needs_no_sideways_scrolling(site, page, scheme):
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": 390, "height": 800})
+    for path in sorted(site.glob("*.html")):
+        page.goto(f"file://{path}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, path.name
