@@ -55,8 +55,9 @@ def numbers(studies: list[str]) -> pd.DataFrame:
     table.loc[percent, values] *= 100
     table[values] = table[values].astype(float).round(3)
     table["metric"] = table.metric.map(METRICS)
-    table = table[["study", "loss", "metric", "scaling", *values]].astype(object)
-    return table.where(table.notna(), "")
+    for column in ("sd", "papers"):  # empty where there is none
+        table[column] = table[column].astype(object).where(table[column].notna(), "")
+    return table[["study", "loss", "metric", "scaling", *values]]
 
 
 def _first(column: pd.Series) -> pd.Series:
