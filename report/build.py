@@ -243,11 +243,6 @@ def provenance(studies: list[str]) -> str:
     )
 
 
-def wide(markdown: str) -> str:
-    """A table that scrolls sideways on a narrow screen."""
-    return f":::{{div}} wide\n\n{markdown}\n\n:::\n"
-
-
 def downloads(source: Path) -> str:
     """Copies of the tables behind the figures, and links to them."""
     lines, target = ["# Downloads\n\nThe numbers behind every figure and table."], source / "tables"
