@@ -238,9 +238,8 @@ def provenance(studies: list[str]) -> str:
                 rows.append({"study": study, "run": path.stem} | json.loads(path.read_text()))
     table = pd.DataFrame(rows)
     table["commit"] = table.commit.str[:7]
-    return "# Provenance\n\nEvery training: code, versions, device, time, memory.\n\n" + wide(
-        table.to_markdown(index=False)
-    )
+    text = "# Provenance\n\nEvery training: code, versions, device, time, memory.\n\n"
+    return text + table.to_markdown(index=False) + "\n"
 
 
 def downloads(source: Path) -> str:
