@@ -236,3 +236,35 @@ def test_unknown_networks_are_refused():
         networks.make("resnet9000", 10, 3, 0)
     with pytest.raises(ValueError, match="A seed must be a whole number"):
         networks.make("small_resnet", 10, 3, -1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("names", [["adafocal"], ["flsc531", "mmce"]])
+def test_captured_steps_are_the_eager_steps(images, monkeypatch, names):
+    """The same training with and without CUDA graphs, over two decays (so three captures) and a short last batch."""
+    on = torch.device("cuda")
+    data = {name: feed.Split(*slice_of(split, len(split))[:4], on) for name, split in images.items()}
+    fast = SETTINGS.model_copy(update={"mode": "fast"})
+
+    def rows():
+        runs = [train.Run(networks.make("small_resnet", 3, 1, 0).to(on), losses.make(name), fast) for name in names]
+        return [row for rows in train.train_together(runs, data, 0) for row in rows]
+
+    captured = rows()
+    monkeypatch.setattr(train, "capture", lambda *_: {})
+    for row, eager in zip(captured, rows(), strict=True):
+        assert row["train_loss"] == pytest.approx(eager["train_loss"], rel=0.05)
+        assert row["weight_norm"] == pytest.approx(eager["weight_norm"], rel=0.02)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_exact_mode_repeats_bit_for_bit_on_a_gpu(images):
+    on = torch.device("cuda")
+    data = {name: feed.Split(*slice_of(split, len(split))[:4], on) for name, split in images.items()}
+    exact = SETTINGS.model_copy(update={"mode": "exact"})
+
+    def rows():
+        run = train.Run(networks.make("resnet20", 3, 1, 0).to(on), losses.make("focal3"), exact)
+        return list(train.train(run, data, 0))
+
+    assert repr(rows()) == repr(rows())
