@@ -265,8 +265,9 @@ def main(out: Path) -> None:
     """Build the site into ``out``."""
     chosen = settings.params()["active"]
     studies = [*chosen["studies"], *chosen["published"]]
-    source = paths.root() / "artifacts" / "report"
-    shutil.rmtree(source, ignore_errors=True)
+    work = paths.root() / "artifacts" / "report"  # MyST-NB leaves copies of the notebooks beside what it builds
+    source, built = work / "source", work / "html"
+    shutil.rmtree(work, ignore_errors=True)
     source.mkdir(parents=True)
     for name in ("conf.py", "report.css"):
         shutil.copy(HERE / name, source)
@@ -283,10 +284,10 @@ def main(out: Path) -> None:
     (source / "index.md").write_text(page)
     (source / "provenance.md").write_text(provenance(studies))
     (source / "downloads.md").write_text(downloads(source))
-    shutil.rmtree(out, ignore_errors=True)
-    code = sphinx(["-q", "-b", "html", "-d", str(source / ".doctrees"), str(source), str(out)])
-    if code:
+    if sphinx(["-q", "-b", "html", "-d", str(work / "doctrees"), str(source), str(built)]):
         raise RuntimeError("Sphinx stopped; its message is above.")
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.move(built, out)
     print(f"Open {out / 'index.html'}")
 
 
