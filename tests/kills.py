@@ -50,7 +50,7 @@ def results(folder: Path) -> dict[str, bytes]:
 def main(kills: int, seed: int = 0) -> None:
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as scratch:
-        alone, killed = (compendium(Path(scratch) / name, 5 * kills + 10) for name in ("alone", "killed"))
+        alone, killed = (compendium(Path(scratch) / name, 30 * kills + 10) for name in ("alone", "killed"))
         process = start(alone)
         assert process.communicate() is not None and process.returncode == 0
         count = 0
@@ -65,7 +65,7 @@ def main(kills: int, seed: int = 0) -> None:
             if process.returncode != -signal.SIGKILL:
                 break
             count += 1
-            saved = sorted(path.name for path in killed.glob("scratch/tiny/*/*/*.safetensors"))
+            saved = sorted(path.name for path in killed.glob("scratch/tiny/*/*/[0-9]*.safetensors"))
             print(
                 f"kill {count}: checkpoints of epochs {sorted({int(name.split('-')[0]) for name in saved})}", flush=True
             )

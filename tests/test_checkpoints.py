@@ -54,6 +54,7 @@ def same(a, b):
 @pytest.mark.parametrize("after", [1, 4, 6])
 def test_a_resumed_training_ends_bit_for_bit_as_an_uninterrupted_one(images, tmp_path, after):
     interrupted(images, tmp_path, after)
+    (tmp_path / ".part-7-00009-1234abcd.safetensors").write_bytes(b"killed while writing this")
     assert list(checkpoints.epochs(tmp_path)) == [after - 1, after][after == 1 :]
     same(finished(images), finished(images, tmp_path))
 

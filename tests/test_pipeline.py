@@ -24,7 +24,7 @@ def copy(tmp_path_factory):
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=REPOSITORY, capture_output=True
     ).stdout.decode()
     for name in filter(None, listed.split("\0")):
-        if (REPOSITORY / name).is_file() and not name.startswith((".store/", "figures/")):
+        if (REPOSITORY / name).is_file() and not name.startswith((".store/", "figures/", "published/")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(REPOSITORY / name, folder / name)
     parameters = yaml.safe_load((folder / "params.yaml").read_text())

@@ -42,13 +42,13 @@ def write(folder: Path, epoch: int, tensors: dict[str, Tensor], history: list[di
     content = safetensors.torch.save(tensors, {"history": json.dumps(history)})
     with paths.atomic(folder / f"{epoch:05d}-{zlib.crc32(content):08x}.safetensors") as part:
         part.write_bytes(content)
-    for old in sorted(folder.glob("*.safetensors"))[:-KEPT]:
+    for old in list(epochs(folder).values())[:-KEPT]:
         old.unlink()
 
 
 def epochs(folder: Path) -> dict[int, Path]:
-    """The checkpoints there are."""
-    return {int(path.name.split("-")[0]): path for path in sorted(folder.glob("*.safetensors"))}
+    """The checkpoints there are, oldest first; what a killed process left half-written is none."""
+    return {int(path.name.split("-")[0]): path for path in sorted(folder.glob("[0-9]*.safetensors"))}
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], list[dict]] | None:
