@@ -107,7 +107,7 @@ def reliability(study: str) -> str:
                 sums = metrics.bin_sums(confidence, correct, metrics.equal_width_edges(bins))
                 for b, (n, c, right) in enumerate(zip(*sums, strict=True)):
                     if n:
-                        lines.append(f"{plots.label(loss)},{bins},{tenths},{b},{n:.0f},{c:.1f},{right:.0f}")
+                        lines.append(f'"{plots.label(loss)}",{bins},{tenths},{b},{n:.0f},{c:.1f},{right:.0f}')
     data = alt.InlineData(
         "\n".join(lines),
         format=alt.CsvDataFormat(
@@ -205,8 +205,7 @@ def answer(study: str) -> str:
     real = (after != "not distinguishable").sum()
     return (
         f"as trained, the expected calibration error runs from {said(raw.loc[best])} ({plots.label(best)}) to "
-        f"{said(raw.loc[worst])} ({plots.label(worst)}; cross-entropy: {said(raw.loc['cross_entropy'])}), at the same "
-        f"accuracy. After dividing the logits by one temperature, all lie between {100 * scaled.value.min():.1f} and "
+        f"{said(raw.loc[worst])} ({plots.label(worst)}). After dividing the logits by one temperature, all lie between {100 * scaled.value.min():.1f} and "
         f"{100 * scaled.value.max():.1f} %, and {real or 'none'} of {len(after)} pairs of losses can be told apart."
     )
 

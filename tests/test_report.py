@@ -1,5 +1,6 @@
 """The static site: built from a clone's committed artifacts, and used in a real browser where there is one."""
 
+import json
 import os
 import re
 import shutil
@@ -103,6 +104,11 @@ def test_the_controls_move_the_figures(site, page):
     page.locator("#chart-reliability select").first.select_option("FLSD-53")
     page.wait_for_timeout(300)
     assert before != scaled != ece.text_content() and float(scaled.split()[1]) < float(before.split()[1])
+    page.locator("#chart-reliability select").first.select_option("Focal, γ = 3")
+    page.locator("#chart-reliability input[type=range]").fill("1")
+    page.wait_for_timeout(300)
+    shown = json.loads((REPOSITORY / "figures/fashion/08_results/metrics.json").read_text())["focal3"]["ece_percent"]
+    assert float(ece.text_content().split()[1]) == pytest.approx(shown, abs=0.006)
     lines = page.locator("#chart-curves svg").inner_html()
     page.locator("#chart-curves select").select_option("Test ECE")
     page.wait_for_timeout(300)
