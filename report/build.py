@@ -205,7 +205,8 @@ def answer(study: str) -> str:
     real = (after != "not distinguishable").sum()
     return (
         f"as trained, the expected calibration error runs from {said(raw.loc[best])} ({plots.label(best)}) to "
-        f"{said(raw.loc[worst])} ({plots.label(worst)}). After dividing the logits by one temperature, all lie between {100 * scaled.value.min():.1f} and "
+        f"{said(raw.loc[worst])} ({plots.label(worst)}). After dividing the logits by one temperature, "
+        f"all lie between {100 * scaled.value.min():.1f} and "
         f"{100 * scaled.value.max():.1f} %, and {real or 'none'} of {len(after)} pairs of losses can be told apart."
     )
 
