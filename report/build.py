@@ -67,12 +67,14 @@ def _first(column: pd.Series) -> pd.Series:
 
 
 def table_html(table: pd.DataFrame) -> str:
-    """A sortable table with a filter for each column, its scripts inlined."""
+    """A sortable table with filters for its first four columns, its scripts inlined."""
     bundle = itables.javascript.generate_init_offline_itables_html(Path(itables.__file__).parent / "html/dt_bundle.js")
+    filters = {"extend": "dropdown", "icon": "search", "text": "Filter", "content": ["searchList"]}
     shown = itables.to_html_datatable(
         table,
         connected=False,
-        column_filters="footer",
+        text_in_header_can_be_selected=False,  # a click on a heading sorts
+        columnDefs=[{"targets": [0, 1, 2, 3], "columnControl": [filters]}],
         showIndex=False,
         maxBytes=0,
         lengthMenu=[12, 36, 400],
@@ -165,6 +167,7 @@ def curves(study: str) -> str:
         "curve", value=CURVES["test_nll"], bind=alt.binding_select(options=list(CURVES.values()), name="Curve ")
     )
     single = alt.selection_point(fields=["loss"], bind="legend")
+    only = alt.param("only", value="All", bind=alt.binding_select(options=["All", *names], name="Loss "))
     data = alt.InlineData(
         table.to_csv(index=False), format=alt.CsvDataFormat(type="csv", parse={"epoch": "number", "value": "number"})
     )
@@ -174,9 +177,10 @@ def curves(study: str) -> str:
     chart = (
         alt.Chart(data)
         .transform_filter(alt.datum.curve == which)
+        .transform_filter((only == "All") | (alt.datum.loss == only))
         .mark_line(point=alt.OverlayMarkDef(size=14))
         .encode(
-            alt.X("epoch:Q", title="Epoch"),
+            alt.X("epoch:Q", title="Epoch", axis=alt.Axis(labelFlush=True)),
             alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
             alt.Color("loss:N", scale=alt.Scale(domain=names, range=[look["color"] for look in looks]), legend=legend),
             alt.StrokeDash(
@@ -185,7 +189,7 @@ def curves(study: str) -> str:
             opacity=alt.condition(single, alt.value(1), alt.value(0.08)),
             tooltip=["loss:N", "epoch:Q", alt.Tooltip("value:Q", format=".4f")],
         )
-        .add_params(which, single)
+        .add_params(which, only, single)
         .properties(width="container", height=320, autosize=alt.AutoSizeParams(type="fit-x", contains="padding"))
     )
     return chart_html("curves", chart, "Training curves of every loss over the epochs")

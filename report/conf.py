@@ -8,6 +8,7 @@ nb_ipywidgets_js = {}
 html_theme = "furo"
 html_static_path = ["report.css"]
 html_css_files = ["report.css"]
+html_show_copyright = False
 html_copy_source = False
 html_show_sourcelink = False
 exclude_patterns = ["*.html"]

@@ -86,9 +86,12 @@ def test_no_page_says_an_error_or_asks_another_machine(site, page):
 def test_the_table_sorts_and_filters(site, page):
     open_index(page, site)
     column = "table.dataTable tbody tr td:nth-child({})"
-    page.locator("table.dataTable tfoot input").nth(2).fill("ECE %")
-    page.locator("table.dataTable tfoot input").nth(3).fill("none")
-    page.get_by_role("button", name="value: Activate to sort").click()
+    for heading, wanted in (("metric", "ECE %"), ("scaling", "none")):
+        page.locator("table.dataTable thead th", has_text=heading).get_by_role("button", name="Filter").click()
+        page.get_by_role("dialog").get_by_role("button", name=wanted, exact=True).click()
+        page.keyboard.press("Escape")
+    page.locator("table.dataTable thead th", has_text="value").locator(".dt-column-title").click()
+    page.wait_for_selector("th[aria-sort=ascending]")
     values = [float(text) for text in page.locator(column.format(5)).all_inner_texts()]
     assert len(values) > 5 and values == sorted(values)
     assert set(page.locator(column.format(4)).all_inner_texts()) == {"none"}
@@ -110,9 +113,28 @@ def test_the_controls_move_the_figures(site, page):
     shown = json.loads((REPOSITORY / "figures/fashion/08_results/metrics.json").read_text())["focal3"]["ece_percent"]
     assert float(ece.text_content().split()[1]) == pytest.approx(shown, abs=0.006)
     lines = page.locator("#chart-curves svg").inner_html()
-    page.locator("#chart-curves select").select_option("Test ECE")
+    page.locator("#chart-curves select").first.select_option("Test ECE")
     page.wait_for_timeout(300)
     assert page.locator("#chart-curves svg").inner_html() != lines
+
+
+def test_the_keyboard_suffices(site, page):
+    open_index(page, site)
+    page.get_by_role("button", name="value: Activate to sort").press("Enter")
+    page.wait_for_selector("th[aria-sort=ascending]")
+    page.get_by_role("button", name="Filter").first.press("Enter")
+    page.get_by_role("dialog").get_by_role("button", name="fashion-seeds").press("Enter")
+    page.keyboard.press("Escape")
+    assert set(page.locator("table.dataTable tbody tr td:nth-child(1)").all_inner_texts()) == {"fashion-seeds"}
+    ece = page.locator("#chart-reliability svg text", has_text="ECE")
+    before = ece.text_content()
+    page.get_by_role("slider", name="Temperature").press("ArrowRight")
+    page.wait_for_timeout(300)
+    assert ece.text_content() != before
+    page.locator("#chart-curves").get_by_role("combobox", name="Loss").focus()
+    page.keyboard.type("FLSD")
+    page.wait_for_timeout(300)
+    assert page.locator("#chart-curves svg .mark-line path").count() == 1
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

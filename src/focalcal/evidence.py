@@ -17,7 +17,8 @@ def resamples(samples: int, count: int = RESAMPLES, seed: int = 0) -> np.ndarray
     """How often each of ``samples`` is in each bootstrap resample: (count, samples) float32, rows sum to samples."""
     drawn = np.random.default_rng(seed).integers(samples, size=(count, samples))
     drawn += samples * np.arange(count)[:, None]
-    return np.bincount(drawn.ravel(), minlength=count * samples).reshape(count, samples).astype(np.float32)
+    counts = np.bincount(drawn.ravel(), minlength=count * samples).reshape(count, samples)
+    return np.asfortranarray(counts, dtype=np.float32)
 
 
 def resampled_metrics(logits, labels, counts: np.ndarray, names=tuple(metrics.METRICS)) -> dict[str, np.ndarray]:
@@ -49,13 +50,22 @@ def resampled_metrics(logits, labels, counts: np.ndarray, names=tuple(metrics.ME
 
 def _equal_mass(confidence, residual, counts, bins: int) -> np.ndarray:
     """Adaptive ECE on every resample."""
-    order, n = np.argsort(confidence, kind="stable"), len(confidence)
-    errors = np.empty(len(counts))
-    for row, drawn in enumerate(counts[:, order]):
-        held, total = np.cumsum(drawn), np.cumsum(drawn * residual[order], dtype=np.float64)
-        ends = np.searchsorted(held, n * np.arange(1, bins + 1) / bins - 0.5).clip(max=n - 1)
-        errors[row] = np.abs(np.diff(total[ends], prepend=0)).sum() / n
-    return errors
+    order, n, size, rows = np.argsort(confidence, kind="stable"), len(confidence), 64, np.arange(len(counts))
+    blocks = -(-n // size)  # of sorted samples: sums over whole blocks first, single samples only where a bin ends
+    drawn, sorted_residual = np.zeros((blocks * size, len(counts)), np.float32), np.zeros(blocks * size, np.float32)
+    drawn[:n], sorted_residual[:n] = counts.T[order], residual[order]
+    drawn, sorted_residual = drawn.reshape(blocks, size, -1), sorted_residual.reshape(blocks, size)
+    sums = np.zeros((blocks + 1, 2, len(counts)))
+    weights = np.stack([np.ones_like(sorted_residual), sorted_residual], axis=1)
+    np.cumsum(weights @ drawn, axis=0, dtype=np.float64, out=sums[1:])
+    ends = np.zeros((bins + 1, len(counts)))
+    for b in range(1, bins + 1):
+        wanted = n * b / bins - 0.5
+        block = (sums[1:-1, 0] < wanted).sum(axis=0)
+        inside = drawn[block, :, rows]
+        before = sums[block, 0, rows][:, None] + np.cumsum(inside, axis=1) - inside
+        ends[b] = sums[block, 1, rows] + (inside * sorted_residual[block] * (before < wanted)).sum(axis=1)
+    return np.abs(np.diff(ends, axis=0)).sum(axis=0) / n
 
 
 def _classwise(probs, labels, counts, bins: int) -> np.ndarray:
