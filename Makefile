@@ -2,6 +2,7 @@
 # make lab       JupyterLab on the notebooks                    make lock   requirements.txt anew from pyproject.toml
 # make strip     notebooks without outputs, before a commit     make bench  speed beside stock loops, on this machine
 # make report    a static site of results and chapters in site/, from what results or artifacts left
+# make grid      the trainings at once, on every core or GPU; GRID="--executor slurm" on a cluster (docs/grid.md)
 # make artifacts the committed results' histories, logits, tables and executed notebooks, without training
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: results data artifacts report test bench lab strip lock clean
+.PHONY: results data artifacts report test bench lab strip lock grid test-slurm clean
 
 results: data
 	dvc repro
@@ -33,6 +34,13 @@ test: $(READY)
 	ruff check .
 	ruff format --check .
 	python -m pytest
+
+# Needs Debian's packages slurm-wlm and munge; starts a small cluster of its own, for minutes.
+test-slurm: $(READY)
+	python -m pytest -m slurm tests/test_slurm.py
+
+grid: $(READY)
+	python -m focalcal.grid run $(GRID)
 
 bench: $(READY)
 	python -m focalcal.bench

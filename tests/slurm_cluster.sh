@@ -35,7 +35,7 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=2,batch_sched_delay=1
-SlurmdTimeout=10
+SlurmdTimeout=5
 KillWait=5
 ReturnToService=2
 SlurmdParameters=config_overrides

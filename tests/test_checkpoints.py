@@ -90,9 +90,20 @@ def test_the_scratch_folder_goes_only_when_all_is_written(tmp_path, monkeypatch)
         checkpoints.write(folder, 1, {"x": torch.ones(2)}, [])
         raise KeyboardInterrupt
     assert list(checkpoints.epochs(folder)) == [1]
+    monkeypatch.setenv("FOCALCAL_KEEP_CHECKPOINTS", "1")
+    with checkpoints.claim("s", "brier", 0, "k"):
+        pass
+    assert list(checkpoints.epochs(folder)) == [1]
+    monkeypatch.delenv("FOCALCAL_KEEP_CHECKPOINTS")
     with checkpoints.claim("s", "brier", 0, "k"):
         pass
     assert not folder.exists()
+
+
+def test_a_training_that_had_come_to_its_end_is_not_trained_again(images, tmp_path, monkeypatch):
+    whole = finished(images, tmp_path)
+    monkeypatch.setattr(train, "take_step", lambda *_: pytest.fail("a step was taken"))
+    same(whole, finished(images, tmp_path))
 
 
 def test_a_full_disk_stops_the_training_and_keeps_the_last_good_checkpoint(images, tmp_path, monkeypatch):

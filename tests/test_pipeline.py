@@ -1,53 +1,21 @@
 """The real pipeline, at a tiny size on scikit-learn's digits, in a copy of this repository."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
 import yaml
+from tiny import call, repository
 
-REPOSITORY = Path(__file__).parents[1]
 LOSSES = ["cross_entropy", "adafocal"]
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The tracked files in a new git repository, with one tiny active study and a pin on a stand-in for data/."""
-    folder = tmp_path_factory.mktemp("copy")
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=REPOSITORY, capture_output=True
-    ).stdout.decode()
-    for name in filter(None, listed.split("\0")):
-        if (REPOSITORY / name).is_file() and not name.startswith((".store/", "figures/", "published/")):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(REPOSITORY / name, folder / name)
-    parameters = yaml.safe_load((folder / "params.yaml").read_text())
-    parameters["active"] = {"studies": ["tiny"], "published": [], "sweeps": [], "losses": LOSSES, "seeds": [0]}
-    parameters["studies"]["tiny"] = {
-        "data": {"dataset": "digits", "train": 300, "val": 100, "test": 200, "shifted": ["digits", "svhn"]},
-        "training": {"network": "small_resnet", "epochs": 3, "milestones": [2, 3], "augment": False},
-        "exceptions": {},
-    }
-    (folder / "params.yaml").write_text(yaml.safe_dump(parameters))
-    (folder / "data" / "fashion_mnist").mkdir(parents=True)
-    (folder / "data" / "fashion_mnist" / "README").write_text("digits come with scikit-learn")
-    for command in (["git", "init", "-q"], ["git", "add", "-A"], ["dvc", "commit", "-q", "-f", "data.dvc"]):
-        call(folder, *command)
-    return folder
-
-
-def call(folder, *command, fails=False):
-    environment = os.environ | {"PYTHONPATH": str(folder / "src"), "FOCALCAL_DEVICE": "cpu"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return repository(tmp_path_factory.mktemp("copy"), LOSSES)
 
 
 def test_repro_makes_everything_and_then_nothing(copy):

@@ -1,6 +1,7 @@
 """Checkpoints: what lets a killed training go on from its last finished epoch, and only one process train it."""
 
 import json
+import os
 import shutil
 import sys
 import zlib
@@ -21,6 +22,7 @@ KEPT = 2  # the newest one, and one to fall back on
 def claim(study: str, loss: str, seed: int, key: str):
     """Yields the folder for the checkpoints of one training; it goes away when the block ends without an error.
 
+    With the environment variable FOCALCAL_KEEP_CHECKPOINTS it stays, until whoever set it has the results in safety.
     key: a hash of all that decides the result, so that no other configuration's checkpoint is ever taken up.
     Raises RuntimeError if another process is in such a block for the same study, loss and seed.
     """
@@ -29,7 +31,8 @@ def claim(study: str, loss: str, seed: int, key: str):
     try:
         with FileLock(folder.with_name(f"{folder.name}.lock"), timeout=0):
             yield folder / key
-            shutil.rmtree(folder)
+            if not os.environ.get("FOCALCAL_KEEP_CHECKPOINTS"):
+                shutil.rmtree(folder)
     except Timeout:
         raise RuntimeError(
             f"Another process is training {study}, {loss}, seed {seed}; wait for it or stop it (its lock is "

@@ -4,10 +4,10 @@
     python -m focalcal.grid status [--wait] [GRID]
     python -m focalcal.grid cancel [GRID]
 
-A grid is all stages of dvc.yaml whose names match a GLOB (by default 'train@*') and that are not up to date; none may
-depend on another. What they depend on runs first, here. Then each is `dvc repro --single-item STAGE`: in this folder,
-one in each of N slots, or on Slurm in a clone of the commit with this folder's DVC cache. submitit starts the tasks and
-keeps their logs; what was computed is in DVC's cache, and trainings go on from their checkpoints.
+A grid is all stages of dvc.yaml whose names match a GLOB (by default train@*) and that are not up to date; none may
+depend on another. What they depend on runs first, here. Each is then one `dvc repro --single-item STAGE`: in this
+folder, or on Slurm in a clone of the commit that shares this folder's DVC cache. submitit starts the tasks and keeps
+their logs; results are in DVC's cache, and trainings go on from their checkpoints.
 """
 
 import argparse
@@ -21,9 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
+import networkx
 import psutil
 import submitit
 import yaml
@@ -31,14 +34,14 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.utils.serialize import load_yaml, modify_yaml
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from submitit.core.utils import JobPaths, pickle_load
+from pydantic import BaseModel, ConfigDict, Field
+from submitit.core.utils import FailedJobError, JobPaths, pickle_load
 from submitit.helpers import Checkpointable
 from tabulate import tabulate
 
-from focalcal import paths
+from focalcal import paths, settings
 
-ARRAY = 1000  # tasks in an array job, Slurm's usual limit
+ARRAY = 1000  # tasks in one array job, Slurm's usual limit
 WAITING = {"PENDING", "REQUEUED", "CONFIGURING", "SUSPENDED"}
 ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 HOW = {"Running stage": "computed", "is cached": "from the cache", "didn't change": "up to date"}  # in DVC's words
@@ -50,7 +53,8 @@ class Cluster(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     partition: str | None = None  # the cluster's default
-    time: int = Field(240, gt=0)  # minutes until a task is stopped and goes on in a new job
+    time: int = Field(240, gt=0)  # minutes, after which a task goes on in a new job
+    restarts: int = Field(20, ge=0)  # how often it may do so
     memory: int = Field(16, gt=0)  # GB
     cpus: int = Field(4, gt=0)
     gpus: int = Field(0, ge=0)
@@ -60,64 +64,42 @@ class Cluster(BaseModel):
     constraint: str | None = None
     setup: list[str] = []  # shell lines before the task, such as: module load cuda
     folder: str = "${TMPDIR:-/tmp}"  # on the node, for the task's clone
-    restarts: int = Field(20, ge=0)  # after so many time limits a task has failed
 
 
-def cluster(path: Path | None) -> Cluster:
+def cluster(path: Path | None = None) -> Cluster:
     """Settings from a YAML file, by default slurm.yaml if there is one; ValueError in one sentence for a bad file."""
-    path = path or paths.root() / "slurm.yaml"
-    if not path.exists() and path == paths.root() / "slurm.yaml":
+    if path is None and not (path := paths.root() / "slurm.yaml").exists():
         return Cluster()
     try:
         values = yaml.safe_load(path.read_text()) or {}
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must consist of 'name: value' settings.")
-        return Cluster(**values)
     except yaml.YAMLError as problem:
         raise ValueError(f"{path} is not YAML: {' '.join(str(problem).split())}.") from None
-    except ValidationError as problems:
-        first = problems.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            raise ValueError(f"{path} has no setting '{name}'; it has: {', '.join(Cluster.model_fields)}.") from None
-        raise ValueError(f"{path}, {name}: {first['msg'].lower()}, got {first['input']!r}.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must consist of 'name: value' settings, such as 'partition: gpu'.")
+    return settings._build(Cluster, values, dict.fromkeys(values, str(path)))
 
 
-def chosen(globs: list[str], cached_only: bool) -> tuple[dict[str, tuple[str, ...]], list[str]]:
-    """The stages that match, each with those it reads from, and all that they depend on.
+def chosen(globs: list[str], away: bool) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """The stages that match, each with those it reads from; and all stages that they depend on.
 
-    ValueError, in one sentence, if they make no grid.
-
-    cached_only: refuse what the clones on a cluster could not hand back or do not have.
+    ValueError, in one sentence, if they make no grid; away: also if they cannot run in a clone.
     """
     with Repo(str(paths.root())) as repo:
-        graph = repo.index.graph
-        named = {stage.addressing: stage for stage in repo.index.stages}
+        graph, named = repo.index.graph, {stage.addressing: stage for stage in repo.index.stages}
         matching = {name for glob in globs for name in fnmatch.filter(named, glob) if named[name].cmd}
         for glob in globs:
             if not fnmatch.filter(matching, glob):
                 raise ValueError(f"No stage matches '{glob}'; `dvc stage list --all` names them.")
-        above = {name: {stage.addressing for stage in _above(graph, named[name])} for name in matching}
+        above = {name: {s.addressing for s in networkx.descendants(graph, named[name])} for name in matching}
         for name in sorted(matching):
             if within := above[name] & matching:
                 raise ValueError(f"{name} depends on {min(within)}, so they cannot run at once: run one grid each.")
-            if cached_only and not all(out.use_cache and not out.persist for out in named[name].outs):
+            if away and not all(out.use_cache and not out.persist for out in named[name].outs):
                 raise ValueError(f"{name} writes files that are not in DVC's cache, so it can run here only.")
-            if cached_only and not all(stage.cmd for stage in graph.successors(named[name])):
+            if away and not all(stage.cmd for stage in graph.successors(named[name])):
                 raise ValueError(f"{name} reads data that only this folder has, so it can run here only.")
         before = [name for name in named if named[name].cmd and any(name in names for names in above.values())]
-        needs = {name: tuple(s.addressing for s in graph.successors(named[name])) for name in named if name in matching}
-        return needs, before
-
-
-def _above(graph, stage) -> set:
-    """All that a stage depends on."""
-    found, todo = set(), [stage]
-    while todo:
-        new = set(graph.successors(todo.pop())) - found
-        found |= new
-        todo += new
-    return found
+        return {n: tuple(s.addressing for s in graph.successors(named[n])) for n in named if n in matching}, before
 
 
 def outdated(stages: list[str]) -> list[str]:
@@ -127,74 +109,82 @@ def outdated(stages: list[str]) -> list[str]:
     return [stage for stage in stages if stage in changed]
 
 
-class Task(Checkpointable):
-    """A stage in its place: called on the machine that executes it; requeued as it is when Slurm wants the node."""
+def dvc(folder: Path, *arguments: str, **variables: str) -> str:
+    """Run DVC in a folder, with its code and this environment, and pass its output on; RuntimeError if it fails.
 
-    def __init__(self, head: Path, environment: dict[str, str], away: dict | None = None):
-        """head: the folder of the one who started the grid; away: see ``clone``, None to work in head."""
-        self.head, self.environment, self.away = head, environment, away
+    If this process is stopped meanwhile, so is DVC, with all it has started.
+    """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    ours = {"PATH": path, "PYTHONPATH": str(folder / "src"), "PYTHONUNBUFFERED": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
+    command, said = [sys.executable, "-m", "dvc", *arguments], []
+    with subprocess.Popen(
+        command, cwd=folder, env=os.environ | ours | variables, stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                said.append(line)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGTERM)
+            raise
+    if process.returncode:
+        raise RuntimeError(f"dvc {' '.join(arguments)} exited with {process.returncode}; its message is above.")
+    return "".join(said)
+
+
+class Task(Checkpointable):
+    """One stage, called on the machine that executes it; requeued as it is when Slurm wants the node back."""
+
+    def __init__(self, head: Path, variables: dict[str, str], away: dict | None = None):
+        """head: the folder of whoever runs the grid; variables: environment; away: of ``clone``, None to stay there."""
+        self.head, self.variables, self.away = head, variables, away
 
     def __call__(self, stage: str, needs: tuple[str, ...] = ()) -> dict:
-        """What was done, in how many seconds, and away the stage's entry in dvc.lock.
+        """How the stage got done and in how many seconds; away also its entry in dvc.lock.
 
-        needs: what the stage depends on, to be fetched from the cache first when away.
+        needs: the stages it reads from, which a clone fetches from the cache first. Checkpoints stay until the
+        results are in the cache.
         """
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # stopped is not failed: no result
-        begun = time.time()
+        begun, repro = time.time(), ("--wait-for-lock", "repro", "--single-item", stage)
+        variables = self.variables | {"FOCALCAL_KEEP_CHECKPOINTS": "1"}
+        scratch = Path(variables["FOCALCAL_SCRATCH"])
         if self.away is None:
-            return {"how": self.reproduce(stage, self.head), "seconds": time.time() - begun}
-        alone = FileLock(Path(self.away["locks"]) / f"{stage}.lock")  # an earlier start may have outlived its node
-        with alone, clone(self.head, **self.away["clone"]) as folder:
-            self.dvc(folder, "checkout", "--quiet", *needs)
-            how = self.reproduce(stage, folder)
-            entry = load_yaml(folder / "dvc.lock")["stages"][stage]
+            said, entry = dvc(self.head, *repro, **variables), None
+        else:
+            locks = scratch / "grid" / "locks"  # shared: an earlier start may have outlived its node
+            locks.mkdir(parents=True, exist_ok=True)
+            with FileLock(locks / f"{stage}.lock"), clone(self.head, **self.away) as folder:
+                here = variables | {"DVC_SITE_CACHE_DIR": str(folder / ".dvc" / "site")}
+                dvc(folder, "checkout", "--quiet", *needs, **here)
+                said, entry = dvc(folder, *repro, **here), load_yaml(folder / "dvc.lock")["stages"][stage]
+        if stage.startswith("train@"):
+            study, loss, seed = stage.removeprefix("train@").rsplit("-", 2)
+            shutil.rmtree(scratch / study / f"{loss}-{seed}", ignore_errors=True)
+        how = next((how for words, how in HOW.items() if words in said), "")
         return {"how": how, "seconds": time.time() - begun, "entry": entry}
-
-    def reproduce(self, stage: str, folder: Path) -> str:
-        said = self.dvc(folder, "--wait-for-lock", "repro", "--single-item", stage)
-        return next((how for words, how in HOW.items() if words in said), "")
-
-    def dvc(self, folder: Path, *arguments: str) -> str:
-        """Run DVC, its output passed on; RuntimeError if it fails, and nothing of it goes on if this is stopped."""
-        environment = os.environ | self.environment | {"PYTHONPATH": str(folder / "src"), "PYTHONUNBUFFERED": "1"}
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-        environment |= {"JUPYTER_PREFER_ENV_PATH": "1"}
-        if self.away:
-            environment["DVC_SITE_CACHE_DIR"] = str(folder / ".dvc" / "site")
-        command, said = [sys.executable, "-m", "dvc", *arguments], []
-        with subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
-        ) as process:
-            try:
-                for line in process.stdout:
-                    print(line, end="", flush=True)
-                    said.append(line)
-            except BaseException:
-                os.killpg(process.pid, signal.SIGTERM)
-                raise
-        if process.returncode:
-            raise RuntimeError(f"dvc {' '.join(arguments)} exited with {process.returncode}.")
-        return "".join(said)
 
 
 @contextmanager
 def clone(head: Path, commit: str, lock: Path, cache: str, folder: str):
-    """Yields a clone of a commit on this node that shares the DVC cache of ``head``; gone afterwards.
+    """Yields a clone of a commit on this node, gone afterwards, with the DVC cache of ``head``.
 
-    lock: a copy of head's dvc.lock, which knows the stages that ran there first.
+    lock: a copy of head's dvc.lock, which knows the stages that ran there before. Failed notebooks go to head.
     """
     place = subprocess.run(["sh", "-c", f'printf %s "{folder}"'], capture_output=True, text=True, check=True).stdout
     with tempfile.TemporaryDirectory(dir=place, prefix="focalcal-", ignore_cleanup_errors=True) as made:
         made = Path(made) / "clone"
-        for command in (
-            ["git", "clone", "--quiet", "--shared", "--no-checkout", str(head), str(made)],
-            ["git", "-C", str(made), "checkout", "--quiet", "--detach", commit],
-        ):
-            subprocess.run(command, check=True)
+        subprocess.run(["git", "clone", "--quiet", "--shared", "--no-checkout", str(head), str(made)], check=True)
+        subprocess.run(["git", "-C", str(made), "checkout", "--quiet", "--detach", commit], check=True)
         shutil.copy(lock, made / "dvc.lock")
         config = f"[core]\n    hardlink_lock = true\n[cache]\n    dir = {cache}\n"
         (made / ".dvc" / "config.local").write_text(config)
-        yield made
+        try:
+            yield made
+        finally:
+            if (made / "artifacts" / "failed").exists():
+                shutil.copytree(made / "artifacts" / "failed", head / "artifacts" / "failed", dirs_exist_ok=True)
 
 
 @dataclasses.dataclass
@@ -204,21 +194,20 @@ class Grid:
     folder: Path
     executor: str
     commit: str
-    pid: int  # of the process that starts the stages; on Slurm it may end
-    slots: int
+    pid: int  # of the process that starts the tasks; on Slurm it may end before them
     stages: dict[str, str | None]  # stage -> submitit's job id, None before it is started
 
     def save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with paths.atomic(self.folder / "grid.json") as part:
-            part.write_text(json.dumps(dataclasses.asdict(self) | {"folder": str(self.folder)}, indent=1))
+            part.write_text(json.dumps(dataclasses.asdict(self), default=str, indent=1))
 
     def rows(self) -> dict[str, dict]:
-        """For each stage its state, its result once it is done, and the log's path."""
+        """For each stage its state, the path of its log, and once it is done its result."""
         found, states = {}, self._slurm_states() if self.executor == "slurm" else self._local_states()
         for stage, job in self.stages.items():
             if job is None:
-                found[stage] = {"state": "waiting" if psutil.pid_exists(self.pid) else "not started", "log": ""}
+                found[stage] = {"state": "waiting" if _runs(self.pid, "focalcal.grid") else "not started", "log": None}
                 continue
             files, state = JobPaths(self.folder, job, 0), states.get(job, "")
             row = {"state": "waiting" if state in WAITING else "running", "log": files.stdout}
@@ -231,97 +220,88 @@ class Grid:
         return found
 
     def _local_states(self) -> dict[str, str]:
-        def alive(job):
-            try:
-                process = psutil.Process(int(job))
-                return process.status() != psutil.STATUS_ZOMBIE and str(self.folder) in process.cmdline()
-            except psutil.Error:
-                return False
-
-        return {job: "RUNNING" for job in self.stages.values() if job and alive(job)}
+        return {job: "RUNNING" for job in self.stages.values() if job and _runs(int(job), str(self.folder))}
 
     def _slurm_states(self) -> dict[str, str]:
-        """Slurm's word for each task that it still knows of; it forgets them minutes after their end."""
+        """Slurm's word for each task, as long as it knows it; that is for minutes after its end."""
         found = {}
-        for number in sorted({job.split("_")[0] for job in self.stages.values() if job}):
+        for number in _numbers(self):
             command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={number}", "--format=%i|%T"]
             asked = subprocess.run(command, capture_output=True, text=True)
-            if asked.returncode and "Invalid job id" not in asked.stderr:  # Slurm does not answer: all as it was
-                return {job: "RUNNING" for job in self.stages.values() if job}
+            if asked.returncode and "Invalid job id" not in asked.stderr:  # no answer: then all is as it was
+                return dict.fromkeys(filter(None, self.stages.values()), "RUNNING")
             found |= dict(line.split("|") for line in asked.stdout.split())
         return found
 
 
+def _numbers(grid: Grid) -> list[str]:
+    """Slurm's numbers of the array jobs."""
+    return sorted({job.split("_")[0] for job in grid.stages.values() if job})
+
+
+def _runs(pid: int, argument: str) -> bool:
+    """Whether a process of this number runs and has ``argument`` among, or in, its own."""
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and argument in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
 def follow(grid: Grid, step=lambda: None, every: float = 5.0) -> dict[str, dict]:
-    """Print progress until nothing waits or runs; the last rows. step: called before each look."""
-    said, begun, settled = None, time.time(), 0
-    while True:
+    """Print progress until nothing waits or runs; the rows then. step: called before each look."""
+    said, begun, looks = None, time.time(), 0
+    while looks < (2 if grid.executor == "slurm" else 1):  # results reach a shared disk a little later
+        time.sleep(every if said else 0)
         step()
         rows = grid.rows()
-        count = {
-            state: [row["state"] for row in rows.values()].count(state) for state in ("done", "running", "waiting")
-        }
-        seconds = [row["result"]["seconds"] for row in rows.values() if "result" in row]
-        left = count["running"] / 2 + count["waiting"]
-        line = (
-            f"{count['done']} of {len(rows)} done, {count['running']} running, {len(rows) - sum(count.values())} failed"
-        )
-        if seconds and left:
-            line += f", about {duration(sum(seconds) / len(seconds) * left / max(1, count['running']))} left"
-        if line.split(", about")[0] != said:
-            said = line.split(", about")[0]
-            print(f"{duration(time.time() - begun)}  {line}", flush=True)
-        settled = settled + 1 if not left else 0
-        if settled > (grid.executor == "slurm"):  # a second look: results reach a shared disk a little later
-            return rows
-        time.sleep(every)
+        states = Counter(row["state"] for row in rows.values())
+        done, running, waiting = states["done"], states["running"], states["waiting"]
+        looks = 0 if running + waiting else looks + 1
+        line = f"{done} of {len(rows)} done, {running} running, {len(rows) - done - running - waiting} failed"
+        if line != said:
+            said, seconds = line, [row["result"]["seconds"] for row in rows.values() if "result" in row]
+            left = sum(seconds) / max(1, len(seconds)) * (running / 2 + waiting) / max(1, running)
+            print(
+                f"{duration(time.time() - begun)}  {line}" + (f", about {duration(left)} left" if left else ""),
+                flush=True,
+            )
+    return rows
 
 
 def duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
+    return str(timedelta(seconds=round(seconds)))
 
 
-def reason(log: Path) -> str:
-    """Why a stage failed: the sentence in its log."""
-    lines = [line for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
-    return next((line for start in ("focalcal: ", "ERROR: ") for line in reversed(lines) if line.startswith(start)),
-                lines[-1] if lines else "")  # fmt: skip
-
-
-def run_local(grid: Grid) -> dict[str, dict]:
+def run_local(grid: Grid, slots: int | None) -> dict[str, dict]:
     """Start the stages one after another, one in each slot, with its share of GPUs or CPU threads."""
     import torch
 
     gpus, cores = torch.cuda.device_count(), torch.get_num_threads()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-    grid.slots = min(grid.slots or gpus or cores, len(grid.stages))
-    threads = max(1, cores // grid.slots)
-    on = f"on {gpus} GPUs" if gpus else f"{threads} of {cores} CPU threads each"
-    print(f"{len(grid.stages)} stages, {grid.slots} at a time, {on}; logs in {grid.folder}")
+    slots = min(slots or gpus or cores, len(grid.stages))
+    threads = max(1, cores // slots)
+    print(f"{len(grid.stages)} stages, {slots} at a time on {gpus} GPUs and {cores} CPU threads; logs in {grid.folder}")
     executor = submitit.LocalExecutor(grid.folder)
     executor.update_parameters(timeout_min=60 * 24 * 365, stderr_to_stdout=True)
     waiting, running = list(grid.stages), {}
 
     def start():
-        for slot in range(grid.slots):
+        for slot in range(slots):
             if slot in running and running[slot].done():
                 del running[slot]
             if slot not in running and waiting:
-                environment = {"OMP_NUM_THREADS": str(threads)} if grid.slots > 1 else {}
+                variables = {"FOCALCAL_SCRATCH": str(paths.scratch().resolve())}
+                if slots > 1:
+                    variables["OMP_NUM_THREADS"] = str(threads)
                 if gpus:
-                    environment["CUDA_VISIBLE_DEVICES"] = visible[slot % gpus]
+                    variables["CUDA_VISIBLE_DEVICES"] = visible[slot % gpus]
                 stage = waiting.pop(0)
-                running[slot] = executor.submit(Task(paths.root(), environment), stage)
+                running[slot] = executor.submit(Task(paths.root(), variables), stage)
                 grid.stages[stage] = running[slot].job_id
                 grid.save()
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop, however it comes, stops the slots too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # however this is stopped, its tasks are too
     try:
         return follow(grid, start, every=0.5)
     finally:
@@ -331,37 +311,33 @@ def run_local(grid: Grid) -> dict[str, dict]:
             time.sleep(0.2)
 
 
-def submit_slurm(grid: Grid, wanted: Cluster, needs: dict[str, tuple[str, ...]]) -> None:
-    """Hand the stages to Slurm, as one array job."""
+def submit_slurm(grid: Grid, needs: dict[str, tuple[str, ...]], wanted: Cluster, slots: int | None) -> None:
+    """Hand the stages to Slurm as an array job (more, if there are very many)."""
+    given = {name: getattr(wanted, name) for name in ("partition", "account", "qos", "constraint", "time", "setup")}
+    given |= {"mem": f"{wanted.memory}GB", "cpus_per_task": wanted.cpus, "array_parallelism": slots or ARRAY}
+    if wanted.gpus:
+        given["gres"] = ":".join(filter(None, ("gpu", wanted.gpu_type, str(wanted.gpus))))
     executor = submitit.SlurmExecutor(grid.folder, max_num_timeout=wanted.restarts)
-    settings = {name: getattr(wanted, name) for name in ("partition", "account", "qos", "constraint")}
-    if wanted.gpus and wanted.gpu_type:
-        settings["gres"] = f"gpu:{wanted.gpu_type}:{wanted.gpus}"
-    elif wanted.gpus:
-        settings["gpus_per_node"] = wanted.gpus
-    settings |= {"time": wanted.time, "mem": f"{wanted.memory}GB", "cpus_per_task": wanted.cpus, "setup": wanted.setup}
-    settings |= {"job_name": "focalcal", "stderr_to_stdout": True, "array_parallelism": grid.slots or ARRAY}
-    executor.update_parameters(**{name: value for name, value in settings.items() if value})
+    executor.update_parameters(
+        job_name="focalcal", stderr_to_stdout=True, additional_parameters={"requeue": True},
+        **{name: value for name, value in given.items() if value},
+    )  # fmt: skip
     with Repo(str(paths.root())) as repo:
         cache = repo.cache.local_cache_dir
-    scratch = paths.scratch().resolve()
-    (scratch / "grid" / "locks").mkdir(parents=True, exist_ok=True)
-    shutil.copy(paths.root() / "dvc.lock", grid.folder)
-    whence = {"commit": grid.commit, "lock": grid.folder / "dvc.lock", "cache": cache, "folder": wanted.folder}
-    environment = {"OMP_NUM_THREADS": str(wanted.cpus), "FOCALCAL_SCRATCH": str(scratch)}
-    task = Task(paths.root(), environment, {"locks": str(scratch / "grid" / "locks"), "clone": whence})
-    names = list(grid.stages)
+    lock = shutil.copy(paths.root() / "dvc.lock", grid.folder)
+    variables = {"OMP_NUM_THREADS": str(wanted.cpus), "FOCALCAL_SCRATCH": str(paths.scratch().resolve())}
+    away = {"commit": grid.commit, "lock": lock, "cache": cache, "folder": wanted.folder}
+    task, names = Task(paths.root(), variables, away), list(grid.stages)
     for first in range(0, len(names), ARRAY):
         part = names[first : first + ARRAY]
-        for stage, job in zip(part, executor.map_array(task, part, [needs[name] for name in part]), strict=True):
-            grid.stages[stage] = job.job_id
+        jobs = executor.map_array(task, part, [needs[name] for name in part])
+        grid.stages |= {stage: job.job_id for stage, job in zip(part, jobs, strict=True)}
         grid.save()
-    print(f"{len(names)} stages submitted as job {', '.join(sorted({j.split('_')[0] for j in grid.stages.values()}))}; "
-          f"logs in {grid.folder}")  # fmt: skip
+    print(f"{len(names)} stages submitted as job {', '.join(_numbers(grid))}; logs in {grid.folder}")
 
 
 def collect(rows: dict[str, dict]) -> None:
-    """Enter what tasks did elsewhere into dvc.lock, in one go, and fetch it from the cache."""
+    """Enter what the tasks did in their clones into dvc.lock, all at once, and fetch it from the cache."""
     entries = {stage: row["result"]["entry"] for stage, row in rows.items() if row["state"] == "done"}
     if not entries:
         return
@@ -369,132 +345,115 @@ def collect(rows: dict[str, dict]) -> None:
         lock["stages"] |= entries
     with Repo(str(paths.root())) as repo:
         repo.checkout(targets=list(entries))
-    again = outdated(list(entries))
-    print(
-        f"{len(entries)} results fetched from the cache; `dvc repro` has to run {len(again) or 'none'} of them again."
-    )
+    again = len(outdated(list(entries))) or "none"
+    print(f"{len(entries)} results fetched from the cache; `dvc repro` has to run {again} of them again.")
 
 
-def summary(rows: dict[str, dict]) -> dict[str, dict]:
-    """Print a table of the stages, of all or of the unfinished only if there are many; the unfinished ones."""
+def summary(rows: dict[str, dict]) -> int:
+    """Print a table of the stages, the unfinished ones only if there are many, and why they failed; the exit status."""
     bad = {stage: row for stage, row in rows.items() if row["state"] != "done"}
-    shown = rows if len(rows) <= 50 else bad
-    if shown:
-        table = [
-            {"stage": stage, "state": row["state"], "how": row.get("result", {}).get("how"),
-             "time": duration(row["result"]["seconds"]) if "result" in row else None, "log": row["log"]}
-            for stage, row in shown.items()
-        ]  # fmt: skip
-        print(tabulate(table, headers="keys", disable_numparse=True))
+    table = []
+    for stage, row in (rows if len(rows) <= 50 else bad).items():
+        result = row.get("result", {"how": "", "seconds": 0})
+        log = row["log"] and os.path.relpath(row["log"])
+        table.append([stage, row["state"], result["how"], result["seconds"] and duration(result["seconds"]), log])
+    print(tabulate(table, ["stage", "state", "how", "time", "log"]) if table else "")
     for stage, row in bad.items():
         if row["state"] == "failed":
             print(f"{stage}: {reason(row['log'])}")
-    return bad
+    return 1 if bad else 0
+
+
+def reason(log: Path) -> str:
+    """Why a stage failed: the sentence in its log."""
+    lines = [line for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
+    said = [line for start in ("focalcal: ", "ERROR: ") for line in lines if line.startswith(start)]
+    return (said or lines[-1:] or [""])[0]
 
 
 def conclude(grid: Grid, rows: dict[str, dict]) -> int:
-    """Collect and summarise a grid that has ended; the exit status."""
+    """Collect and summarise what has ended; the exit status."""
     if grid.executor == "slurm":
         collect(rows)
-    if bad := summary(rows):
-        print(f"{len(bad)} of {len(rows)} stages are not done; the others are kept. Run the grid again for the rest.")
-        return 1
-    print(f"All {len(rows)} stages are done; `dvc repro` runs what follows from them.")
-    return 0
+    status = summary(rows)
+    rest = "`dvc repro` runs what follows." if not status else "The same command again runs those that are not done."
+    print(f"{sum(row['state'] == 'done' for row in rows.values())} of {len(rows)} stages are done. {rest}")
+    return status
 
 
-def run(globs: list[str], executor: str, jobs: int | None, config: Path | None) -> int:
+def run(globs: list[str], executor: str, slots: int | None, config: Path | None) -> int:
     """Run a grid to its end; the exit status."""
-    away = executor == "slurm"
+    away, root = executor == "slurm", paths.root()
     wanted = cluster(config) if away else None
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=paths.root(), capture_output=True, text=True
-    ).stdout.strip()
-    if away:
-        if not (shutil.which("sbatch") and shutil.which("squeue")):
-            raise RuntimeError("There is no sbatch here: run this on a machine of the cluster that can submit jobs.")
-        changed = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=paths.root(), capture_output=True, text=True
-        ).stdout
-        if changed or not commit:
-            raise RuntimeError(
-                f"Tasks on the cluster work on a commit, and here is something uncommitted ({changed.split()[-1]}, for "
-                "instance): commit it first."
-                if commit
-                else "This folder is not a git repository with a commit."
-            )
-    needs, before = chosen(globs, cached_only=away)
-    if before and dvc_here("repro", *before):
-        raise RuntimeError("What the grid depends on failed; its message is above.")
+    commit, changed = (
+        subprocess.run(["git", *command], cwd=root, capture_output=True, text=True).stdout.strip()
+        for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+    )
+    if away and not (shutil.which("sbatch") and shutil.which("squeue")):
+        raise RuntimeError("There is no sbatch here; on a machine that can submit jobs, run this again.")
+    if away and (changed or not commit):
+        raise RuntimeError(f"Tasks on the cluster work on a commit; commit first what is not: {changed[:200]}")
+    needs, before = chosen(globs, away)
+    if before:
+        dvc(root, "repro", *before)
     stages = outdated(list(needs))
-    if skipped := len(needs) - len(stages):
-        print(f"{skipped} of {len(needs)} stages are up to date.")
+    print(f"{len(needs) - len(stages)} of {len(needs)} stages are up to date.")
     if not stages:
         return 0
-    name = time.strftime("%Y%m%d-%H%M%S")
-    grid = Grid(
-        paths.scratch().resolve() / "grid" / name, executor, commit, os.getpid(), jobs or 0, dict.fromkeys(stages)
-    )
+    folder = paths.scratch().resolve() / "grid" / time.strftime("%Y%m%d-%H%M%S")
+    grid = Grid(folder, executor, commit, os.getpid(), dict.fromkeys(stages))
     grid.save()
     if not away:
-        return conclude(grid, run_local(grid))
-    submit_slurm(grid, wanted, needs)
+        return conclude(grid, run_local(grid, slots))
+    submit_slurm(grid, needs, wanted, slots)
     return wait(grid)
 
 
 def wait(grid: Grid) -> int:
-    """Follow a grid to its end; Ctrl-C leaves it alone."""
+    """Follow a grid on Slurm to its end; Ctrl-C leaves it alone. The exit status."""
     try:
         rows = follow(grid)
     except KeyboardInterrupt:
-        print(f"\nThe grid goes on. To come back: python -m focalcal.grid status --wait {grid.folder.name}")
-        print(f"To stop it: python -m focalcal.grid cancel {grid.folder.name}")
+        name = grid.folder.name
+        print(f"\nThe jobs go on. Follow them: python -m focalcal.grid status --wait {name}")
+        print(f"Stop them: python -m focalcal.grid cancel {name}")
         return 130
     return conclude(grid, rows)
-
-
-def dvc_here(*arguments: str) -> int:
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=paths.root(), env=environment).returncode
 
 
 def opened(name: str | None) -> Grid:
     """The grid of this name, or the newest."""
     found = {path.parent.name: path for path in sorted((paths.scratch() / "grid").glob("*/grid.json"))}
-    if not found or (name and name not in found):
-        known = f"there are: {', '.join(found)}" if found else "none was started here"
-        raise ValueError(f"No grid {name or ''}".rstrip() + f"; {known}.")
+    if not found or name not in (None, *found):
+        raise ValueError(f"There is no such grid; started here: {', '.join(found) or 'none'}.")
     values = json.loads(found[name or max(found)].read_text())
     return Grid(**values | {"folder": Path(values["folder"])})
 
 
 def cancel(grid: Grid) -> None:
-    """Stop all that runs or waits; what is done and the checkpoints stay."""
+    """Stop all that runs or waits; what is done is kept, and the checkpoints."""
     if grid.executor == "slurm":
-        subprocess.run(["scancel", *sorted({job.split("_")[0] for job in grid.stages.values() if job})], check=True)
-    elif psutil.pid_exists(grid.pid) and "focalcal.grid" in psutil.Process(grid.pid).cmdline():
+        subprocess.run(["scancel", *_numbers(grid)], check=True)
+    elif _runs(grid.pid, "focalcal.grid"):
         os.kill(grid.pid, signal.SIGINT)
     else:
         raise RuntimeError(f"Grid {grid.folder.name} does not run any more.")
-    print(f"Grid {grid.folder.name} is stopped; checkpoints and finished stages are kept.")
+    print(f"Grid {grid.folder.name} is stopped; what is done is kept, and the checkpoints.")
 
 
 def main(arguments=None) -> int:
     """Command line; see the module's text."""
     parser = argparse.ArgumentParser(prog="python -m focalcal.grid", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    of_run = commands.add_parser("run", help="run all matching stages that are not up to date")
-    of_run.add_argument(
-        "glob", nargs="*", default=["train@*"], help="names of stages, with * and ?; by default train@*"
-    )
-    of_run.add_argument("--executor", choices=("local", "slurm"), default="local")
-    of_run.add_argument("--jobs", type=int, help="how many at a time; by default one for each GPU or CPU core")
-    of_run.add_argument("--cluster", type=Path, metavar="FILE", help="what to ask Slurm for; by default slurm.yaml")
-    of_status = commands.add_parser("status", help="how far a grid is")
-    of_status.add_argument("--wait", action="store_true", help="follow it to its end, and collect its results")
-    of_cancel = commands.add_parser("cancel", help="stop a grid")
-    for command in (of_status, of_cancel):
-        command.add_argument("grid", nargs="?", help="by default the newest")
+    starts = commands.add_parser("run", help="run all matching stages that are not up to date")
+    starts.add_argument("glob", nargs="*", default=["train@*"], help="names of stages, with * and ? (default: train@*)")
+    starts.add_argument("--executor", choices=("local", "slurm"), default="local")
+    starts.add_argument("--jobs", type=int, metavar="N", help="how many at a time (default: one a GPU or CPU thread)")
+    starts.add_argument("--cluster", type=Path, metavar="FILE", help="what to ask Slurm for (default: slurm.yaml)")
+    status = commands.add_parser("status", help="how far a grid is, and where its logs are")
+    status.add_argument("--wait", action="store_true", help="follow it to its end, and collect its results")
+    for command in (status, commands.add_parser("cancel", help="stop a grid")):
+        command.add_argument("grid", nargs="?", help="its name (default: the newest)")
     given = parser.parse_args(arguments)
     try:
         if given.command == "run":
@@ -505,16 +464,16 @@ def main(arguments=None) -> int:
         if given.command == "cancel":
             cancel(grid)
             return 0
-        if given.wait:
-            return wait(grid)
-        summary(grid.rows())
-        return 0
-    except (ValueError, RuntimeError, OSError, DvcException) as problem:
+        return wait(grid) if given.wait else summary(grid.rows())
+    except (ValueError, RuntimeError, OSError, DvcException, FailedJobError) as problem:
         print(f"focalcal: {problem}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nStopped; what is done is kept, and the checkpoints. The same command again goes on.")
+        return 130
 
 
 if __name__ == "__main__":
-    from focalcal import grid  # so that tasks find these classes by their name
+    from focalcal import grid  # tasks look for their class there
 
     sys.exit(grid.main())

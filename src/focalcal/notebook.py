@@ -124,7 +124,9 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
             reason = " ".join(str(failure.evalue).split())
             name = "" if failure.ename in SPEAKING else f"{failure.ename}: "
             where = f"{Path(notebook).name}, cell {failure.exec_count}"
-            raise RuntimeError(f"{name}{reason} [{where}; the failed notebook is {kept}]") from failure
+            raise RuntimeError(
+                f"{name}{reason} [{where}; the failed notebook is {kept.relative_to(paths.root())}]"
+            ) from failure
         finally:
             scratch.unlink(missing_ok=True)
 

@@ -1,0 +1,75 @@
+"""What DVC costs when there are many trainings: the real dvc.yaml with a command that takes no time.
+
+    python tests/scale.py [--all] N...      N: trainings, in dozens; --all: also plain `dvc repro` of everything
+
+Seconds on this machine; docs/grid.md quotes a run of it.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+from tiny import call, commit, repository
+
+from focalcal import grid
+from focalcal.losses import LOSSES
+
+TRIVIAL = """import pathlib, sys
+study, loss, seed = sys.argv[1:]
+for name in (f"notebooks/02_train/{loss}-{seed}.ipynb", f"runs/{loss}/{seed}/history.csv",
+             f"provenance/{loss}-{seed}.json", f"models/{loss}-{seed}.safetensors"):
+    path = pathlib.Path("artifacts", study, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{loss} {seed}")
+"""
+
+
+def timed(what, function, *arguments):
+    begun = time.perf_counter()
+    result = function(*arguments)
+    print(f"    {time.perf_counter() - begun:7.1f} s  {what}", flush=True)
+    return result
+
+
+def measure(folder: Path, count: int, everything: bool) -> None:
+    print(f"{count} trainings", flush=True)
+    copy = repository(folder, list(LOSSES), count // 12)
+    (copy / "trivial.py").write_text(TRIVIAL)
+    pipeline = yaml.safe_load((copy / "dvc.yaml").read_text())
+    pipeline["stages"]["train"]["cmd"] = "python trivial.py ${item.study} ${item.loss} ${item.seed}"
+    (copy / "dvc.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
+    (copy / "dvc.lock").unlink()
+    commit(copy)
+    call(copy, "dvc", "repro", "prepare@tiny")
+    stages = [f"train@tiny-{loss}-{seed}" for seed in range(count // 12) for loss in LOSSES]
+    if everything:
+        lock = (copy / "dvc.lock").read_text()
+        timed("dvc repro, all computed one after another", call, copy, "dvc", "repro", "train")
+        (copy / "dvc.lock").write_text(lock)
+
+    cache = str(copy / ".dvc" / "cache")
+    away = {"commit": "HEAD", "lock": copy / "dvc.lock", "cache": cache, "folder": tempfile.gettempdir()}
+    rows = {}
+    for first in range(0, count, 48):  # as on a cluster, but 48 stages a clone
+        part = stages[first : first + 48]
+        with grid.clone(copy, **away) as made:
+            call(made, "dvc", "checkout", "strip", "prepare@tiny")
+            call(made, "dvc", "repro", "--single-item", *part)
+            entries = grid.load_yaml(made / "dvc.lock")["stages"]
+        rows |= {stage: {"state": "done", "result": {"entry": entries[stage]}} for stage in part}
+    os.chdir(copy)
+    timed("results of all tasks collected on the head", grid.collect, rows)
+    timed("dvc repro, nothing to do", call, copy, "dvc", "repro", "train")
+    timed("dvc repro --single-item of one stage, forced", call, copy, "dvc", "repro", "-f", "-s", stages[0])
+    (copy / "scratch").mkdir(exist_ok=True)
+    task = grid.Task(copy, {"FOCALCAL_SCRATCH": str(copy / "scratch")}, away)
+    timed("one task of a cluster: clone, checkout, stage", task, stages[0], ("strip", "prepare@tiny"))
+
+
+if __name__ == "__main__":
+    for number in [int(word) for word in sys.argv[1:] if word != "--all"]:
+        with tempfile.TemporaryDirectory() as place:
+            measure(Path(place) / "copy", number, "--all" in sys.argv)

@@ -1,0 +1,127 @@
+"""The grid on a real Slurm cluster of two nodes (slurm_cluster.sh), with everything going wrong that does there.
+
+make test-slurm        needs Debian's slurm-wlm and munge; takes minutes
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from tiny import call, commit, environment, repository
+
+LOSSES = ["cross_entropy", "label_smoothing", "brier", "mmce", "focal1", "focal2", "focal3", "flsd53", "flsc531"]
+LOSSES += ["adafocal", "dual_focal", "inverse_focal"]
+MORE = {f"gamma{n}": {"function": "focal3", "gamma": n / 4} for n in range(12)}
+LONG = {"focal1": {"epochs": 200}, "focal2": {"epochs": 200}, "flsd53": {"epochs": 200}, "focal3": {"epochs": 1000}}
+CLUSTER = Path(__file__).with_name("slurm_cluster.sh")
+GRID = (sys.executable, "-m", "focalcal.grid")
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(shutil.which("slurmctld", path=os.defpath + ":/usr/sbin") is None, reason="no Slurm here"),
+]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """A running cluster: the variables to reach it, and a function that runs its commands."""
+    folder = tmp_path_factory.mktemp("slurm")
+    variables = {"SLURM_CONF": str(folder / "slurm.conf")}
+    subprocess.run([CLUSTER, "start", folder], check=True)
+
+    def command(*words):
+        done = subprocess.run(words, env=os.environ | variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    yield folder, variables, command
+    subprocess.run([CLUSTER, "stop", folder])
+
+
+def until(condition, seconds=120):
+    """The first true value of ``condition()``."""
+    for _ in range(10 * seconds):
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise AssertionError("waited in vain")
+
+
+def epochs_saved(copy, stage) -> list[int]:
+    """Epochs of the checkpoints of a training, by its stage's name."""
+    saved = (copy / "scratch" / "tiny" / stage.removeprefix("train@tiny-")).glob("*/[0-9]*.safetensors")
+    return [int(path.name.split("-")[0]) for path in saved]
+
+
+def results(copy):
+    """All that trainings leave, but for provenance."""
+    study = copy / "artifacts" / "tiny"
+    found = [*study.glob("runs/*/*/*"), *study.glob("models/*"), *study.glob("notebooks/02_train/*")]
+    return {str(path.relative_to(study)): path.read_bytes() for path in found}
+
+
+def test_a_grid_survives_what_happens_on_a_cluster(slurm, tmp_path):
+    folder, variables, command = slurm
+    failing = {"label_smoothing": {"alpha": 7.0}}
+    copy = repository(tmp_path / "slurm", [*LOSSES, *MORE], exceptions=LONG | failing, more_losses=MORE)
+    (tmp_path / "slurm.yaml").write_text("cpus: 1\nmemory: 4\ntime: 10\n")
+    run = (*GRID, "run", "--executor", "slurm", "--cluster", str(tmp_path / "slurm.yaml"))
+    with open(tmp_path / "said", "w") as said:
+        head = subprocess.Popen(run, cwd=copy, env=environment(copy) | variables, stdout=said, stderr=said)
+
+    def job_at_work(stage):
+        """Its job, once the training has saved some epochs and is not near its end."""
+        grid = json.loads(next((copy / "scratch" / "grid").glob("*/grid.json")).read_text())
+        return 3 < max(epochs_saved(copy, stage), default=0) < 100 and grid["stages"][stage]
+
+    until(lambda: "submitted as job" in (tmp_path / "said").read_text())
+    requeued, timed_out, orphaned, killed = (f"train@tiny-{loss}-0" for loss in LONG)
+    command("scontrol", "requeue", until(lambda: job_at_work(requeued)))
+    reached = {requeued: max(epochs_saved(copy, requeued))}
+    end_of_time = ["scancel", "--signal=USR2", until(lambda: job_at_work(timed_out))]  # what Slurm sends then
+    with suppress(subprocess.TimeoutExpired):  # the task requeues itself, which scancel takes for a failure
+        subprocess.run(end_of_time, env=os.environ | variables, capture_output=True, timeout=1)
+    reached[timed_out] = max(epochs_saved(copy, timed_out))
+    command("scancel", until(lambda: job_at_work(killed)))
+    node = command("squeue", "--noheader", f"--jobs={until(lambda: job_at_work(orphaned))}", "--format=%N").strip()
+    os.kill(int((folder / f"slurmd-{node}.pid").read_text()), signal.SIGKILL)
+    until(lambda: "down" in command("sinfo", "--noheader", f"--nodes={node}", "--format=%T"))
+    reached[orphaned] = max(epochs_saved(copy, orphaned))
+    subprocess.run([CLUSTER, "node", folder, node], check=True)
+    lowest = dict(reached)
+    while head.poll() is None:
+        lowest = {name: min(epoch, max(epochs_saved(copy, name), default=epoch)) for name, epoch in lowest.items()}
+        time.sleep(0.2)
+    output = (tmp_path / "said").read_text()
+
+    assert head.returncode == 1 and lowest == reached, "each went on from its checkpoint"
+    states = dict(re.findall(r"^(train@[^\s:]+) +(\w+)", output, re.M))
+    expected = {"train@tiny-label_smoothing-0": "failed", killed: "cancelled"}
+    assert len(states) == 24 and {name: state for name, state in states.items() if state != "done"} == expected
+    assert "label_smoothing-0: focalcal: label_smoothing: alpha must" in output
+    assert "22 results fetched from the cache; `dvc repro` has to run none" in output
+    logs = {name: copy / log for name, log in re.findall(r"^(train@\S+) .* (\S+)$", output, re.M) if name in states}
+    starts = {name: log.read_text().count("Running stage") for name, log in logs.items()}
+    assert {name for name, count in starts.items() if count != 1} == {requeued, timed_out, orphaned}
+    assert all(starts[name] == 2 for name in reached) and "Requeued job" in logs[timed_out].read_text()
+
+    assert epochs_saved(copy, killed), "its checkpoints are kept"
+    commit(copy)
+    again = call(copy, *run, fails=True, **variables)
+    assert "22 of 24 stages are up to date." in again and "1 results fetched" in again
+
+    others = [loss for loss in (*LOSSES, *MORE) if loss not in failing]
+    alone = repository(tmp_path / "alone", others, exceptions=LONG, more_losses=MORE)
+    call(alone, *GRID, "run", "--jobs", "2", OMP_NUM_THREADS="2")
+    assert len(results(alone)) == 23 * 6 and results(copy) == results(alone)
+    call(copy, "git", "checkout", "-q", "HEAD~1", "--", "dvc.lock")  # without what the command collected
+    restored = call(copy, "dvc", "repro", "train@tiny-brier-0", orphaned)
+    assert "train@tiny-brier-0' is cached - skipping run" in restored and "Running stage" not in restored

@@ -1,0 +1,60 @@
+"""A copy of this repository with one tiny study, for tests that run the real pipeline."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def repository(folder: Path, losses: list[str], seeds: int = 1, exceptions=None, more_losses=None) -> Path:
+    """The tracked files in a new git repository with a commit; its active study is scikit-learn's digits.
+
+    more_losses: further entries of shared.losses.
+    """
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=REPOSITORY, capture_output=True
+    ).stdout.decode()
+    for name in filter(None, listed.split("\0")):
+        if (REPOSITORY / name).is_file() and not name.startswith((".store/", "figures/", "published/")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / name, folder / name)
+    parameters = yaml.safe_load((folder / "params.yaml").read_text())
+    active = {"studies": ["tiny"], "published": [], "sweeps": [], "losses": losses, "seeds": list(range(seeds))}
+    parameters["active"] = active
+    parameters["shared"]["losses"] |= more_losses or {}
+    parameters["studies"]["tiny"] = {
+        "data": {"dataset": "digits", "train": 300, "val": 100, "test": 200, "shifted": ["digits", "svhn"]},
+        "training": {"network": "small_resnet", "epochs": 3, "milestones": [2, 3], "augment": False},
+        "exceptions": exceptions or {},
+    }
+    (folder / "params.yaml").write_text(yaml.safe_dump(parameters))
+    (folder / "data" / "fashion_mnist").mkdir(parents=True)
+    (folder / "data" / "fashion_mnist" / "README").write_text("digits come with scikit-learn")
+    for command in (["git", "init", "-q"], ["git", "add", "-A"], ["dvc", "commit", "-q", "-f", "data.dvc"]):
+        call(folder, *command)
+    commit(folder)
+    return folder
+
+
+def commit(folder: Path) -> None:
+    call(folder, "git", "add", "-A")
+    call(folder, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-q", "-m", "tiny")
+
+
+def environment(folder: Path) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PYTHONPATH": str(folder / "src"), "FOCALCAL_DEVICE": "cpu", "PATH": path}
+
+
+def call(folder: Path, *command, fails=False, **variables) -> str:
+    """Run a command in the copy and return all it printed."""
+    done = subprocess.run(
+        command, cwd=folder, env=environment(folder) | variables, capture_output=True, text=True
+    )  # fmt: skip
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
