@@ -83,7 +83,7 @@ def test_a_grid_survives_what_happens_on_a_cluster(slurm, tmp_path):
         return 3 < max(epochs_saved(copy, stage), default=0) < 100 and grid["stages"][stage]
 
     until(lambda: "submitted as job" in (tmp_path / "said").read_text())
-    requeued, timed_out, orphaned, killed = (f"train@tiny-{loss}-0" for loss in LONG)
+    requeued, timed_out, killed, orphaned = (f"train@tiny-{loss}-0" for loss in LONG)
     command("scontrol", "requeue", until(lambda: job_at_work(requeued)))
     reached = {requeued: max(epochs_saved(copy, requeued))}
     end_of_time = ["scancel", "--signal=USR2", until(lambda: job_at_work(timed_out))]  # what Slurm sends then
