@@ -37,7 +37,7 @@ test: $(READY)
 
 # Needs Debian's packages slurm-wlm and munge; starts a small cluster of its own, for minutes.
 test-slurm: $(READY)
-	python -m pytest -m slurm tests/test_slurm.py
+	python -m pytest -rs -m slurm tests/test_slurm.py
 
 grid: $(READY)
 	python -m focalcal.grid run $(GRID)
