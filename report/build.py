@@ -208,10 +208,10 @@ def answer(study: str) -> str:
     after = differences.query("metric == 'ece' and scaling == 'nll'").verdict
     real = (after != "not distinguishable").sum()
     return (
-        f"as trained, the expected calibration error runs from {said(raw.loc[best])} ({plots.label(best)}) to "
-        f"{said(raw.loc[worst])} ({plots.label(worst)}). After dividing the logits by one temperature, "
-        f"all lie between {100 * scaled.value.min():.1f} and "
-        f"{100 * scaled.value.max():.1f} %, and {real or 'none'} of {len(after)} pairs of losses can be told apart."
+        f"as trained, with one seed, the expected calibration error runs from {said(raw.loc[best])} "
+        f"({plots.label(best)}) to {said(raw.loc[worst])} ({plots.label(worst)}). After dividing the logits by one temperature (of lowest "
+        f"validation NLL), all lie between {100 * scaled.value.min():.1f} and {100 * scaled.value.max():.1f} %, and "
+        f"{real or 'none'} of {len(after)} pairs of losses can be told apart by it."
     )
 
 
@@ -228,6 +228,8 @@ def notebooks(source: Path, studies: list[str]) -> list[str]:
             page = nbformat.read(path, 4)
             if study != studies[0]:
                 page.cells[0].source = page.cells[0].source.replace("# ", f"# {study}: ", 1)
+                note = f"Tables and figures are of `{study}`; what is written about them is of `{studies[0]}`."
+                page.cells[0].source += f"\n\n{note}" if "Reading, for the study" in str(page) else ""
             nbformat.write(page, source / f"{name}.ipynb")
             found.append(name)
     return found

@@ -90,10 +90,10 @@ def test_the_scratch_folder_goes_only_when_all_is_written(tmp_path, monkeypatch)
         checkpoints.write(folder, 1, {"x": torch.ones(2)}, [])
         raise KeyboardInterrupt
     assert list(checkpoints.epochs(folder)) == [1]
-    monkeypatch.setenv("FOCALCAL_KEEP_CHECKPOINTS", "1")
+    monkeypatch.setenv("FOCALCAL_KEEP_CHECKPOINTS", str(tmp_path / "where"))
     with checkpoints.claim("s", "brier", 0, "k"):
         pass
-    assert list(checkpoints.epochs(folder)) == [1]
+    assert list(checkpoints.epochs(folder)) == [1] and (tmp_path / "where").read_text() == str(folder.parent)
     monkeypatch.delenv("FOCALCAL_KEEP_CHECKPOINTS")
     with checkpoints.claim("s", "brier", 0, "k"):
         pass

@@ -22,7 +22,8 @@ KEPT = 2  # the newest one, and one to fall back on
 def claim(study: str, loss: str, seed: int, key: str):
     """Yields the folder for the checkpoints of one training; it goes away when the block ends without an error.
 
-    With the environment variable FOCALCAL_KEEP_CHECKPOINTS it stays, until whoever set it has the results in safety.
+    If the environment variable FOCALCAL_KEEP_CHECKPOINTS names a file, it stays, and the file tells where it is: to be
+    removed by whoever set the variable, once the results are in safety.
     key: a hash of all that decides the result, so that no other configuration's checkpoint is ever taken up.
     Raises RuntimeError if another process is in such a block for the same study, loss and seed.
     """
@@ -31,7 +32,9 @@ def claim(study: str, loss: str, seed: int, key: str):
     try:
         with FileLock(folder.with_name(f"{folder.name}.lock"), timeout=0):
             yield folder / key
-            if not os.environ.get("FOCALCAL_KEEP_CHECKPOINTS"):
+            if receipt := os.environ.get("FOCALCAL_KEEP_CHECKPOINTS"):
+                Path(receipt).write_text(str(folder))
+            else:
                 shutil.rmtree(folder)
     except Timeout:
         raise RuntimeError(

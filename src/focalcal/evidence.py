@@ -4,6 +4,8 @@ A resampled test set is a row of counts, how often each test sample is drawn; al
 the rows, so that differences are paired. Fractions throughout, as in metrics.
 """
 
+from itertools import combinations
+
 import numpy as np
 from scipy import stats
 from sklearn.isotonic import IsotonicRegression
@@ -119,15 +121,16 @@ def verdicts(gap, corrected_p) -> list[str]:
 
 
 def best_and_tied(values: dict, draws: dict) -> tuple[str, list[str]]:
-    """The name with the lowest mean, and those that paired differences, corrected for their number, leave undecided.
+    """The name with the lowest mean, and those that are not distinguishable from it.
 
+    Of all pairs, since it is the same data that choose the best: paired differences, corrected for their number.
     values: name -> (S,), a value per seed; draws: name -> (S, resamples).
     """
-    best = min(values, key=lambda name: np.mean(values[name]))
-    others = [name for name in values if name != best]
-    found = [difference(values[best], values[name], draws[best], draws[name]) for name in others]
+    best, pairs = min(values, key=lambda name: np.mean(values[name])), list(combinations(values, 2))
+    found = [difference(values[one], values[other], draws[one], draws[other]) for one, other in pairs]
     judged = verdicts([row["difference"] for row in found], holm([row["p"] for row in found]))
-    return best, [name for name, said in zip(others, judged, strict=True) if said == "not distinguishable"]
+    undecided = [set(pair) for pair, said in zip(pairs, judged, strict=True) if said == "not distinguishable"]
+    return best, [name for name in values if {best, name} in undecided]
 
 
 def debiased_error(logits, labels, bins: int = metrics.BINS) -> float:

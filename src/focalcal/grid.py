@@ -35,15 +35,17 @@ from dvc.repo import Repo
 from dvc.utils.serialize import load_yaml, modify_yaml
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
-from submitit.core.utils import FailedJobError, JobPaths, pickle_load
+from submitit.core.utils import JobPaths, pickle_load
 from submitit.helpers import Checkpointable
 from tabulate import tabulate
 
 from focalcal import paths, settings
 
 ARRAY = 1000  # tasks in one array job, Slurm's usual limit
-WAITING = {"PENDING", "REQUEUED", "CONFIGURING", "SUSPENDED"}
+WAITING = {"PENDING", "REQUEUED", "CONFIGURING", "SUSPENDED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
 ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+ENDED |= {"PREEMPTED", "REVOKED"}
+STOPPED = 128 + signal.SIGTERM  # the exit status of a task that was told to end
 HOW = {"Running stage": "computed", "is cached": "from the cache", "didn't change": "up to date"}  # in DVC's words
 
 
@@ -53,7 +55,7 @@ class Cluster(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     partition: str | None = None  # the cluster's default
-    time: int = Field(240, gt=0)  # minutes, after which a task goes on in a new job
+    time: int = Field(240, ge=5)  # minutes, after which a task goes on in a new job
     restarts: int = Field(20, ge=0)  # how often it may do so
     memory: int = Field(16, gt=0)  # GB
     cpus: int = Field(4, gt=0)
@@ -76,6 +78,7 @@ def cluster(path: Path | None = None) -> Cluster:
         raise ValueError(f"{path} is not YAML: {' '.join(str(problem).split())}.") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must consist of 'name: value' settings, such as 'partition: gpu'.")
+    values = {str(name): value for name, value in values.items()}
     return settings._build(Cluster, values, dict.fromkeys(values, str(path)))
 
 
@@ -112,11 +115,12 @@ def outdated(stages: list[str]) -> list[str]:
 def dvc(folder: Path, *arguments: str, **variables: str) -> str:
     """Run DVC in a folder, with its code and this environment, and pass its output on; RuntimeError if it fails.
 
-    If this process is stopped meanwhile, so is DVC, with all it has started.
+    Returns how a stage got done, in the words of HOW. If this process is stopped meanwhile, so is DVC.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    ours = {"PATH": path, "PYTHONPATH": str(folder / "src"), "PYTHONUNBUFFERED": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
-    command, said = [sys.executable, "-m", "dvc", *arguments], []
+    modules = os.pathsep.join(filter(None, (str(folder / "src"), os.environ.get("PYTHONPATH"))))
+    ours = {"PATH": path, "PYTHONPATH": modules, "PYTHONUNBUFFERED": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
+    command, how = [sys.executable, "-m", "dvc", *arguments], ""
     with subprocess.Popen(
         command, cwd=folder, env=os.environ | ours | variables, stdout=subprocess.PIPE, text=True,
         start_new_session=True,
@@ -124,13 +128,13 @@ def dvc(folder: Path, *arguments: str, **variables: str) -> str:
         try:
             for line in process.stdout:
                 print(line, end="", flush=True)
-                said.append(line)
+                how = next((said for words, said in HOW.items() if words in line), how)
         except BaseException:
             os.killpg(process.pid, signal.SIGTERM)
             raise
     if process.returncode:
         raise RuntimeError(f"dvc {' '.join(arguments)} exited with {process.returncode}; its message is above.")
-    return "".join(said)
+    return how
 
 
 class Task(Checkpointable):
@@ -144,25 +148,32 @@ class Task(Checkpointable):
         """How the stage got done and in how many seconds; away also its entry in dvc.lock.
 
         needs: the stages it reads from, which a clone fetches from the cache first. Checkpoints stay until the
-        results are in the cache.
+        results are in the cache. Stopped is not failed: a task that is stopped leaves no result.
         """
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # stopped is not failed: no result
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: sys.exit(STOPPED))
         begun, repro = time.time(), ("--wait-for-lock", "repro", "--single-item", stage)
-        variables = self.variables | {"FOCALCAL_KEEP_CHECKPOINTS": "1"}
-        scratch = Path(variables["FOCALCAL_SCRATCH"])
-        if self.away is None:
-            said, entry = dvc(self.head, *repro, **variables), None
-        else:
-            locks = scratch / "grid" / "locks"  # shared: an earlier start may have outlived its node
-            locks.mkdir(parents=True, exist_ok=True)
-            with FileLock(locks / f"{stage}.lock"), clone(self.head, **self.away) as folder:
-                here = variables | {"DVC_SITE_CACHE_DIR": str(folder / ".dvc" / "site")}
-                dvc(folder, "checkout", "--quiet", *needs, **here)
-                said, entry = dvc(folder, *repro, **here), load_yaml(folder / "dvc.lock")["stages"][stage]
-        if stage.startswith("train@"):
-            study, loss, seed = stage.removeprefix("train@").rsplit("-", 2)
-            shutil.rmtree(scratch / study / f"{loss}-{seed}", ignore_errors=True)
-        how = next((how for words, how in HOW.items() if words in said), "")
+        shared = Path(self.variables["FOCALCAL_SCRATCH"]) / "grid" / "stages"
+        shared.mkdir(parents=True, exist_ok=True)
+        kept, entry = shared / f"{stage}.checkpoints", None
+        variables = self.variables | {"FOCALCAL_KEEP_CHECKPOINTS": str(kept)}
+        try:
+            with FileLock(shared / f"{stage}.lock"):  # an earlier start of this task may have outlived its node
+                if self.away is None:
+                    how = dvc(self.head, *repro, **variables)
+                else:
+                    with clone(self.head, **self.away) as folder:
+                        variables["DVC_SITE_CACHE_DIR"] = str(folder / ".dvc" / "site")
+                        dvc(folder, "checkout", "--quiet", *needs, **variables)
+                        how = dvc(folder, *repro, **variables)
+                        entry = load_yaml(folder / "dvc.lock")["stages"][stage]
+                if kept.exists():
+                    shutil.rmtree(kept.read_text(), ignore_errors=True)
+                    kept.unlink()
+        except SystemExit as stop:
+            if self.away and stop.code == STOPPED:
+                time.sleep(600)  # Slurm requeues what it has to end itself
+            raise
         return {"how": how, "seconds": time.time() - begun, "entry": entry}
 
 
@@ -196,47 +207,57 @@ class Grid:
     commit: str
     pid: int  # of the process that starts the tasks; on Slurm it may end before them
     stages: dict[str, str | None]  # stage -> submitit's job id, None before it is started
+    finished: dict[str, dict] = dataclasses.field(default_factory=dict)  # rows that are done, once seen
 
     def save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with paths.atomic(self.folder / "grid.json") as part:
-            part.write_text(json.dumps(dataclasses.asdict(self), default=str, indent=1))
+            part.write_text(json.dumps(dataclasses.asdict(self) | {"finished": {}}, default=str, indent=1))
+
+    def jobs(self) -> list[str]:
+        """Slurm's numbers of the array jobs."""
+        return sorted({job.split("_")[0] for job in self.stages.values() if job})
+
+    def logs(self, stage: str) -> Path:
+        """submitit's folder for a task: its own where ids are process numbers, which come again."""
+        return self.folder / stage if self.executor == "local" else self.folder
 
     def rows(self) -> dict[str, dict]:
-        """For each stage its state, the path of its log, and once it is done its result."""
+        """For each stage its state, what there is to say of it, the path of its log, and once it is done its result."""
         found, states = {}, self._slurm_states() if self.executor == "slurm" else self._local_states()
         for stage, job in self.stages.items():
-            if job is None:
-                found[stage] = {"state": "waiting" if _runs(self.pid, "focalcal.grid") else "not started", "log": None}
+            if stage in self.finished or job is None:
+                unstarted = "waiting" if _runs(self.pid, "focalcal.grid") else "not started"
+                found[stage] = self.finished.get(stage, {"state": unstarted, "said": "", "log": None})
                 continue
-            files, state = JobPaths(self.folder, job, 0), states.get(job, "")
-            row = {"state": "waiting" if state in WAITING else "running", "log": files.stdout}
-            if state in ENDED or not state:
-                row["state"] = state.lower() or "stopped"
-                if files.result_pickle.exists():
-                    outcome, result = pickle_load(files.result_pickle)
-                    row |= {"state": "done", "result": result} if outcome == "success" else {"state": "failed"}
+            files, (state, said) = JobPaths(self.logs(stage), job, 0), states.get(job, ("", ""))
+            row = {"state": "waiting" if state in WAITING else "running", "said": said, "log": files.stdout}
+            outcome, result = pickle_load(files.result_pickle) if files.result_pickle.exists() else (None, None)
+            if outcome == "success":
+                row |= {"state": "done", "said": result["how"], "result": result}
+                self.finished[stage] = row
+            elif state in ENDED or not state:  # an error may also be that of an earlier start
+                row |= {"state": "failed" if outcome else state.lower() or "stopped"}
+                row |= {"said": reason(row["log"], result) if outcome else ""}
             found[stage] = row
         return found
 
-    def _local_states(self) -> dict[str, str]:
-        return {job: "RUNNING" for job in self.stages.values() if job and _runs(int(job), str(self.folder))}
+    def _local_states(self) -> dict[str, tuple[str, str]]:
+        started = {stage: job for stage, job in self.stages.items() if job and stage not in self.finished}
+        return {job: ("RUNNING", "") for stage, job in started.items() if _runs(int(job), str(self.logs(stage)))}
 
-    def _slurm_states(self) -> dict[str, str]:
-        """Slurm's word for each task, as long as it knows it; that is for minutes after its end."""
+    def _slurm_states(self) -> dict[str, tuple[str, str]]:
+        """Slurm's word for each task, and why it waits; Slurm forgets them minutes after their end."""
         found = {}
-        for number in _numbers(self):
-            command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={number}", "--format=%i|%T"]
+        for number in self.jobs():
+            command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={number}", "--format=%i|%T|%r"]
             asked = subprocess.run(command, capture_output=True, text=True)
-            if asked.returncode and "Invalid job id" not in asked.stderr:  # no answer: then all is as it was
-                return dict.fromkeys(filter(None, self.stages.values()), "RUNNING")
-            found |= dict(line.split("|") for line in asked.stdout.split())
+            if asked.returncode and "Invalid job id" not in asked.stderr:
+                silent = ("UNKNOWN", "Slurm does not answer")  # counts as running
+                return dict.fromkeys(filter(None, self.stages.values()), silent)
+            lines = [line.split("|") for line in asked.stdout.splitlines() if line.count("|") == 2]
+            found |= {job: (state, why if state in WAITING else "") for job, state, why in lines}
         return found
-
-
-def _numbers(grid: Grid) -> list[str]:
-    """Slurm's numbers of the array jobs."""
-    return sorted({job.split("_")[0] for job in grid.stages.values() if job})
 
 
 def _runs(pid: int, argument: str) -> bool:
@@ -248,23 +269,30 @@ def _runs(pid: int, argument: str) -> bool:
         return False
 
 
-def follow(grid: Grid, step=lambda: None, every: float = 5.0) -> dict[str, dict]:
+def reason(log: Path, error: str) -> str:
+    """Why a task failed: the last sentence for people in its log, or the end of the error that submitit kept."""
+    text = log.read_text(errors="replace").replace("\r", "\n") if log.exists() else ""
+    said = [line for start in ("focalcal: ", "ERROR: ") for line in text.splitlines()[::-1] if line.startswith(start)]
+    return (said or error.strip().splitlines()[-1:])[0]
+
+
+def follow(grid: Grid, step=lambda: None, every: float = 10.0) -> dict[str, dict]:
     """Print progress until nothing waits or runs; the rows then. step: called before each look."""
     said, begun, looks = None, time.time(), 0
     while looks < (2 if grid.executor == "slurm" else 1):  # results reach a shared disk a little later
         time.sleep(every if said else 0)
         step()
         rows = grid.rows()
-        states = Counter(row["state"] for row in rows.values())
-        done, running, waiting = states["done"], states["running"], states["waiting"]
+        count = Counter(row["state"] for row in rows.values())
+        done, running, waiting = count["done"], count["running"], count["waiting"]
         looks = 0 if running + waiting else looks + 1
-        line = f"{done} of {len(rows)} done, {running} running, {len(rows) - done - running - waiting} failed"
+        line = f"{done} of {len(rows)} done, {running} running, {waiting} waiting"
+        line += f", {bad} failed" if (bad := len(rows) - done - running - waiting) else ""
         if line != said:
             said, seconds = line, [row["result"]["seconds"] for row in rows.values() if "result" in row]
             left = sum(seconds) / max(1, len(seconds)) * (running / 2 + waiting) / max(1, running)
             print(
-                f"{duration(time.time() - begun)}  {line}" + (f", about {duration(left)} left" if left else ""),
-                flush=True,
+                f"{duration(time.time() - begun)}  {line}{f', about {duration(left)} left' if left else ''}", flush=True
             )
     return rows
 
@@ -277,13 +305,14 @@ def run_local(grid: Grid, slots: int | None) -> dict[str, dict]:
     """Start the stages one after another, one in each slot, with its share of GPUs or CPU threads."""
     import torch
 
-    gpus, cores = torch.cuda.device_count(), torch.get_num_threads()
+    from focalcal import train
+
+    on, cores = train.device().type, torch.get_num_threads()
+    gpus = torch.cuda.device_count() if on == "cuda" else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-    slots = min(slots or gpus or cores, len(grid.stages))
+    slots = min(slots or gpus or (cores if on == "cpu" else 1), len(grid.stages))
     threads = max(1, cores // slots)
     print(f"{len(grid.stages)} stages, {slots} at a time on {gpus} GPUs and {cores} CPU threads; logs in {grid.folder}")
-    executor = submitit.LocalExecutor(grid.folder)
-    executor.update_parameters(timeout_min=60 * 24 * 365, stderr_to_stdout=True)
     waiting, running = list(grid.stages), {}
 
     def start():
@@ -295,13 +324,14 @@ def run_local(grid: Grid, slots: int | None) -> dict[str, dict]:
                 if slots > 1:
                     variables["OMP_NUM_THREADS"] = str(threads)
                 if gpus:
-                    variables["CUDA_VISIBLE_DEVICES"] = visible[slot % gpus]
+                    variables |= {"CUDA_VISIBLE_DEVICES": visible[slot % gpus], "FOCALCAL_DEVICE": "cuda"}
                 stage = waiting.pop(0)
+                executor = submitit.LocalExecutor(grid.logs(stage))
+                executor.update_parameters(timeout_min=60 * 24 * 365, stderr_to_stdout=True)
                 running[slot] = executor.submit(Task(paths.root(), variables), stage)
                 grid.stages[stage] = running[slot].job_id
                 grid.save()
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # however this is stopped, its tasks are too
     try:
         return follow(grid, start, every=0.5)
     finally:
@@ -320,7 +350,7 @@ def submit_slurm(grid: Grid, needs: dict[str, tuple[str, ...]], wanted: Cluster,
     executor = submitit.SlurmExecutor(grid.folder, max_num_timeout=wanted.restarts)
     executor.update_parameters(
         job_name="focalcal", stderr_to_stdout=True, additional_parameters={"requeue": True},
-        **{name: value for name, value in given.items() if value},
+        srun_args=[f"--cpus-per-task={wanted.cpus}"], **{name: value for name, value in given.items() if value},
     )  # fmt: skip
     with Repo(str(paths.root())) as repo:
         cache = repo.cache.local_cache_dir
@@ -328,56 +358,59 @@ def submit_slurm(grid: Grid, needs: dict[str, tuple[str, ...]], wanted: Cluster,
     variables = {"OMP_NUM_THREADS": str(wanted.cpus), "FOCALCAL_SCRATCH": str(paths.scratch().resolve())}
     away = {"commit": grid.commit, "lock": lock, "cache": cache, "folder": wanted.folder}
     task, names = Task(paths.root(), variables, away), list(grid.stages)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # no job whose number is not written down
     for first in range(0, len(names), ARRAY):
         part = names[first : first + ARRAY]
         jobs = executor.map_array(task, part, [needs[name] for name in part])
         grid.stages |= {stage: job.job_id for stage, job in zip(part, jobs, strict=True)}
         grid.save()
-    print(f"{len(names)} stages submitted as job {', '.join(_numbers(grid))}; logs in {grid.folder}")
+    signal.signal(signal.SIGINT, before)
+    print(f"{len(names)} stages submitted as job {', '.join(grid.jobs())}; logs in {grid.folder}")
 
 
 def collect(rows: dict[str, dict]) -> None:
-    """Enter what the tasks did in their clones into dvc.lock, all at once, and fetch it from the cache."""
-    entries = {stage: row["result"]["entry"] for stage, row in rows.items() if row["state"] == "done"}
+    """Enter what the tasks did in their clones into dvc.lock, all at once, and fetch it from the cache.
+
+    Only of stages that this folder still has and that are not up to date here by other means.
+    """
+    root = str(paths.root())
+    with Repo(root) as repo:
+        known = {stage.addressing for stage in repo.index.stages}
+    entries = {name: row["result"]["entry"] for name, row in rows.items() if name in known and row["state"] == "done"}
+    entries = {name: entries[name] for name in (outdated(list(entries)) if entries else ())}
     if not entries:
         return
-    with Repo(str(paths.root())) as repo, repo.lock, modify_yaml(paths.root() / "dvc.lock") as lock:
-        lock["stages"] |= entries
-    with Repo(str(paths.root())) as repo:
-        repo.checkout(targets=list(entries))
+    with Repo(root, _wait_for_lock=True) as repo:
+        with repo.lock, modify_yaml(paths.root() / "dvc.lock") as lock:
+            lock["stages"] |= entries
+        repo.reset()
+        repo.checkout(targets=list(entries), force=True)
     again = len(outdated(list(entries))) or "none"
     print(f"{len(entries)} results fetched from the cache; `dvc repro` has to run {again} of them again.")
 
 
 def summary(rows: dict[str, dict]) -> int:
-    """Print a table of the stages, the unfinished ones only if there are many, and why they failed; the exit status."""
-    bad = {stage: row for stage, row in rows.items() if row["state"] != "done"}
-    table = []
+    """Print a table of the stages, only of the unfinished if there are many; the exit status."""
+    bad, table = {stage: row for stage, row in rows.items() if row["state"] != "done"}, []
     for stage, row in (rows if len(rows) <= 50 else bad).items():
-        result = row.get("result", {"how": "", "seconds": 0})
-        log = row["log"] and os.path.relpath(row["log"])
-        table.append([stage, row["state"], result["how"], result["seconds"] and duration(result["seconds"]), log])
-    print(tabulate(table, ["stage", "state", "how", "time", "log"]) if table else "")
+        took = duration(row["result"]["seconds"]) if "result" in row else ""
+        log = os.path.relpath(row["log"]) if row["log"] else ""
+        table.append([stage, row["state"], row["said"] if row["state"] != "failed" else "", took, log])
+    if table:
+        print(tabulate(table, ["stage", "state", "how", "time", "log"], disable_numparse=True))
     for stage, row in bad.items():
         if row["state"] == "failed":
-            print(f"{stage}: {reason(row['log'])}")
+            print(f"{stage}: {row['said']}")
+    print(f"{len(rows) - len(bad)} of {len(rows)} stages are done.")
     return 1 if bad else 0
 
 
-def reason(log: Path) -> str:
-    """Why a stage failed: the sentence in its log."""
-    lines = [line for line in log.read_text(errors="replace").replace("\r", "\n").splitlines() if line.strip()]
-    said = [line for start in ("focalcal: ", "ERROR: ") for line in lines if line.startswith(start)]
-    return (said or lines[-1:] or [""])[0]
-
-
 def conclude(grid: Grid, rows: dict[str, dict]) -> int:
-    """Collect and summarise what has ended; the exit status."""
+    """Summarise and collect what has ended; the exit status."""
+    status = summary(rows)
     if grid.executor == "slurm":
         collect(rows)
-    status = summary(rows)
-    rest = "`dvc repro` runs what follows." if not status else "The same command again runs those that are not done."
-    print(f"{sum(row['state'] == 'done' for row in rows.values())} of {len(rows)} stages are done. {rest}")
+    print("`grid run` again runs those that are not done." if status else "`dvc repro` runs what follows from them.")
     return status
 
 
@@ -385,15 +418,21 @@ def run(globs: list[str], executor: str, slots: int | None, config: Path | None)
     """Run a grid to its end; the exit status."""
     away, root = executor == "slurm", paths.root()
     wanted = cluster(config) if away else None
-    commit, changed = (
-        subprocess.run(["git", *command], cwd=root, capture_output=True, text=True).stdout.strip()
-        for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
-    )
     if away and not (shutil.which("sbatch") and shutil.which("squeue")):
         raise RuntimeError("There is no sbatch here; on a machine that can submit jobs, run this again.")
+    commit, changed = (
+        subprocess.run(["git", *command], cwd=root, capture_output=True, text=True).stdout.strip()
+        for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", ".", ":(exclude)dvc.lock"])
+    )
     if away and (changed or not commit):
         raise RuntimeError(f"Tasks on the cluster work on a commit; commit first what is not: {changed[:200]}")
     needs, before = chosen(globs, away)
+    for name in _started():
+        earlier = opened(name)
+        if set(earlier.stages) & set(needs) and {"waiting", "running"} & {r["state"] for r in earlier.rows().values()}:
+            raise RuntimeError(
+                f"Grid {name} still runs them; `status --wait {name}` follows and `cancel {name}` stops it."
+            )
     if before:
         dvc(root, "repro", *before)
     stages = outdated(list(needs))
@@ -410,35 +449,42 @@ def run(globs: list[str], executor: str, slots: int | None, config: Path | None)
 
 
 def wait(grid: Grid) -> int:
-    """Follow a grid on Slurm to its end; Ctrl-C leaves it alone. The exit status."""
+    """Follow a grid to its end; on Slurm it goes on when this is interrupted. The exit status."""
     try:
         rows = follow(grid)
     except KeyboardInterrupt:
         name = grid.folder.name
-        print(f"\nThe jobs go on. Follow them: python -m focalcal.grid status --wait {name}")
-        print(f"Stop them: python -m focalcal.grid cancel {name}")
+        print(f"\nThe grid goes on. Follow it: python -m focalcal.grid status --wait {name}")
+        print(f"Stop it: python -m focalcal.grid cancel {name}")
         return 130
     return conclude(grid, rows)
 
 
+def _started() -> list[str]:
+    """Names of all grids started here, oldest first."""
+    return sorted(path.parent.name for path in (paths.scratch() / "grid").glob("*/grid.json"))
+
+
 def opened(name: str | None) -> Grid:
     """The grid of this name, or the newest."""
-    found = {path.parent.name: path for path in sorted((paths.scratch() / "grid").glob("*/grid.json"))}
+    found = _started()
     if not found or name not in (None, *found):
         raise ValueError(f"There is no such grid; started here: {', '.join(found) or 'none'}.")
-    values = json.loads(found[name or max(found)].read_text())
+    values = json.loads((paths.scratch() / "grid" / (name or found[-1]) / "grid.json").read_text())
     return Grid(**values | {"folder": Path(values["folder"])})
 
 
 def cancel(grid: Grid) -> None:
     """Stop all that runs or waits; what is done is kept, and the checkpoints."""
-    if grid.executor == "slurm":
-        subprocess.run(["scancel", *_numbers(grid)], check=True)
-    elif _runs(grid.pid, "focalcal.grid"):
-        os.kill(grid.pid, signal.SIGINT)
-    else:
+    if not {"waiting", "running"} & {row["state"] for row in grid.rows().values()}:
         raise RuntimeError(f"Grid {grid.folder.name} does not run any more.")
-    print(f"Grid {grid.folder.name} is stopped; what is done is kept, and the checkpoints.")
+    if grid.executor == "local":
+        os.kill(grid.pid, signal.SIGTERM)
+    else:
+        asked = subprocess.run(["scancel", *grid.jobs()], capture_output=True, text=True)
+        if asked.returncode:
+            raise RuntimeError(f"scancel says: {asked.stderr.strip()}")
+    print(f"Grid {grid.folder.name} is being stopped; what is done is kept, and the checkpoints.")
 
 
 def main(arguments=None) -> int:
@@ -455,17 +501,22 @@ def main(arguments=None) -> int:
     for command in (status, commands.add_parser("cancel", help="stop a grid")):
         command.add_argument("grid", nargs="?", help="its name (default: the newest)")
     given = parser.parse_args(arguments)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # however this is stopped, what it runs here is, too
     try:
         if given.command == "run":
             if given.jobs is not None and given.jobs < 1:
                 raise ValueError(f"--jobs must be 1 or more, got {given.jobs}.")
-            return run(given.glob, given.executor, given.jobs, given.cluster)
+            config = given.cluster and given.cluster.resolve()
+            os.chdir(paths.root())  # DVC names stages as seen from there
+            return run(given.glob, given.executor, given.jobs, config)
+        os.chdir(paths.root())
         grid = opened(given.grid)
         if given.command == "cancel":
             cancel(grid)
             return 0
         return wait(grid) if given.wait else summary(grid.rows())
-    except (ValueError, RuntimeError, OSError, DvcException, FailedJobError) as problem:
+    except (ValueError, RuntimeError, OSError, DvcException) as problem:
         print(f"focalcal: {problem}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
