@@ -209,9 +209,9 @@ def answer(study: str) -> str:
     real = (after != "not distinguishable").sum()
     return (
         f"as trained, with one seed, the expected calibration error runs from {said(raw.loc[best])} "
-        f"({plots.label(best)}) to {said(raw.loc[worst])} ({plots.label(worst)}). After dividing the logits by one temperature (of lowest "
-        f"validation NLL), all lie between {100 * scaled.value.min():.1f} and {100 * scaled.value.max():.1f} %, and "
-        f"{real or 'none'} of {len(after)} pairs of losses can be told apart by it."
+        f"({plots.label(best)}) to {said(raw.loc[worst])} ({plots.label(worst)}). After dividing the logits by one "
+        f"temperature (of lowest validation NLL), all lie between {100 * scaled.value.min():.1f} and "
+        f"{100 * scaled.value.max():.1f} %, and {real or 'none'} of {len(after)} pairs of losses can be told apart."
     )
 
 

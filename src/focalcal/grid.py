@@ -334,9 +334,11 @@ def run_local(grid: Grid, slots: int | None) -> dict[str, dict]:
 
     try:
         return follow(grid, start, every=0.5)
-    finally:
+    except BaseException:
         for job in running.values():
             job.cancel()
+        raise
+    finally:
         while not all(job.done() for job in running.values()):
             time.sleep(0.2)
 
