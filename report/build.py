@@ -280,7 +280,7 @@ def main(out: Path) -> None:
     names = notebooks(source, [*studies, *chosen["sweeps"]])
     note = "The numbers are those of " + " and ".join(f"`{study}`" for study in studies) + "."
     parts = {
-        "answer": answer(studies[0]), "note": note, "chapters": "\n".join(names),
+        "answer": answer(studies[0]), "note": note, "study": studies[0], "chapters": "\n".join(names),
         "table": raw(table_html(numbers(studies))),
         "reliability": raw(libraries() + reliability(studies[0])), "curves": raw(curves(studies[0])),
     }  # fmt: skip
