@@ -382,10 +382,9 @@ def collect(rows: dict[str, dict]) -> None:
     entries = {name: entries[name] for name in (outdated(list(entries)) if entries else ())}
     if not entries:
         return
+    with Repo(root, _wait_for_lock=True) as repo, repo.lock, modify_yaml(paths.root() / "dvc.lock") as lock:
+        lock["stages"] |= entries
     with Repo(root, _wait_for_lock=True) as repo:
-        with repo.lock, modify_yaml(paths.root() / "dvc.lock") as lock:
-            lock["stages"] |= entries
-        repo.reset()
         repo.checkout(targets=list(entries), force=True)
     again = len(outdated(list(entries))) or "none"
     print(f"{len(entries)} results fetched from the cache; `dvc repro` has to run {again} of them again.")
