@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 from tiny import call, commit, repository
 
-from focalcal import grid
+from focalcal import grid, tasks
 from focalcal.losses import LOSSES
 
 TRIVIAL = """import pathlib, sys
@@ -55,17 +55,17 @@ def measure(folder: Path, count: int, everything: bool) -> None:
     rows = {}
     for first in range(0, count, 48):  # as on a cluster, but 48 stages a clone
         part = stages[first : first + 48]
-        with grid.clone(copy, **away) as made:
+        with tasks.clone(copy, **away) as made:
             call(made, "dvc", "checkout", "strip", "prepare@tiny")
             call(made, "dvc", "repro", "--single-item", *part)
-            entries = grid.load_yaml(made / "dvc.lock")["stages"]
+            entries = tasks.load_yaml(made / "dvc.lock")["stages"]
         rows |= {stage: {"state": "done", "result": {"entry": entries[stage]}} for stage in part}
     os.chdir(copy)
     timed("results of all tasks collected on the head", grid.collect, rows)
     timed("dvc repro, nothing to do", call, copy, "dvc", "repro", "train")
     timed("dvc repro --single-item of one stage, forced", call, copy, "dvc", "repro", "-f", "-s", stages[0])
     (copy / "scratch").mkdir(exist_ok=True)
-    task = grid.Task(copy, {"FOCALCAL_SCRATCH": str(copy / "scratch")}, away)
+    task = tasks.Task(copy, {"FOCALCAL_SCRATCH": str(copy / "scratch")}, away)
     timed("one task of a cluster: clone, checkout, stage", task, stages[0], ("strip", "prepare@tiny"))
 
 

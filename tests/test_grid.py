@@ -5,12 +5,14 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from tiny import call, environment, repository
 
-from focalcal import grid
+from focalcal import grid, train
 
 LOSSES = ["cross_entropy", "label_smoothing", "focal3"]
 GRID = (sys.executable, "-m", "focalcal.grid")
@@ -105,6 +107,28 @@ def test_a_bad_cluster_file_is_refused_in_one_sentence(tmp_path, text, sentence)
     (tmp_path / "slurm.yaml").write_text(text)
     with pytest.raises(ValueError, match=re.escape(sentence)):
         grid.cluster(tmp_path / "slurm.yaml")
+
+
+def test_each_slot_has_a_gpu_of_its_own(tmp_path, monkeypatch):
+    seen = []
+
+    class Executor(SimpleNamespace):
+        def __init__(self, folder):
+            super().__init__(update_parameters=lambda **_: None)
+
+        def submit(self, task, stage):
+            seen.append((stage, task.variables["CUDA_VISIBLE_DEVICES"]))
+            return SimpleNamespace(job_id="1", done=lambda: True)
+
+    (tmp_path / "dvc.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(train, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(grid.submitit, "LocalExecutor", Executor)
+    monkeypatch.setattr(grid, "_runs", lambda pid, argument: argument == "focalcal.grid")
+    grid.run_local(grid.Grid(tmp_path / "scratch/grid/x", "local", "", 1, dict.fromkeys("abcd")), None)
+    assert seen == [("a", "4"), ("b", "7"), ("c", "4"), ("d", "7")]
 
 
 def test_without_a_shared_disk_the_run_cache_travels_through_a_remote(copy, tmp_path):

@@ -19,10 +19,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,21 +30,17 @@ import submitit
 import yaml
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
-from dvc.utils.serialize import load_yaml, modify_yaml
-from filelock import FileLock
+from dvc.utils.serialize import modify_yaml
 from pydantic import BaseModel, ConfigDict, Field
 from submitit.core.utils import JobPaths, pickle_load
-from submitit.helpers import Checkpointable
 from tabulate import tabulate
 
-from focalcal import paths, settings
+from focalcal import paths, settings, tasks
 
 ARRAY = 1000  # tasks in one array job, Slurm's usual limit
 WAITING = {"PENDING", "REQUEUED", "CONFIGURING", "SUSPENDED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
 ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 ENDED |= {"PREEMPTED", "REVOKED"}
-STOPPED = 128 + signal.SIGTERM  # the exit status of a task that was told to end
-HOW = {"Running stage": "computed", "is cached": "from the cache", "didn't change": "up to date"}  # in DVC's words
 
 
 class Cluster(BaseModel):
@@ -110,92 +104,6 @@ def outdated(stages: list[str]) -> list[str]:
     with Repo(str(paths.root())) as repo:
         changed = repo.status(targets=stages)
     return [stage for stage in stages if stage in changed]
-
-
-def dvc(folder: Path, *arguments: str, **variables: str) -> str:
-    """Run DVC in a folder, with its code and this environment, and pass its output on; RuntimeError if it fails.
-
-    Returns how a stage got done, in the words of HOW. If this process is stopped meanwhile, so is DVC.
-    """
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    modules = os.pathsep.join(filter(None, (str(folder / "src"), os.environ.get("PYTHONPATH"))))
-    ours = {"PATH": path, "PYTHONPATH": modules, "PYTHONUNBUFFERED": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
-    command, how = [sys.executable, "-m", "dvc", *arguments], ""
-    with subprocess.Popen(
-        command, cwd=folder, env=os.environ | ours | variables, stdout=subprocess.PIPE, text=True,
-        start_new_session=True,
-    ) as process:  # fmt: skip
-        try:
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                how = next((said for words, said in HOW.items() if words in line), how)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGTERM)
-            raise
-    if process.returncode:
-        raise RuntimeError(f"dvc {' '.join(arguments)} exited with {process.returncode}; its message is above.")
-    return how
-
-
-class Task(Checkpointable):
-    """One stage, called on the machine that executes it; requeued as it is when Slurm wants the node back."""
-
-    def __init__(self, head: Path, variables: dict[str, str], away: dict | None = None):
-        """head: the folder of whoever runs the grid; variables: environment; away: of ``clone``, None to stay there."""
-        self.head, self.variables, self.away = head, variables, away
-
-    def __call__(self, stage: str, needs: tuple[str, ...] = ()) -> dict:
-        """How the stage got done and in how many seconds; away also its entry in dvc.lock.
-
-        needs: the stages it reads from, which a clone fetches from the cache first. Checkpoints stay until the
-        results are in the cache. Stopped is not failed: a task that is stopped leaves no result.
-        """
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: sys.exit(STOPPED))
-        begun, repro = time.time(), ("--wait-for-lock", "repro", "--single-item", stage)
-        shared = Path(self.variables["FOCALCAL_SCRATCH"]) / "grid" / "stages"
-        shared.mkdir(parents=True, exist_ok=True)
-        kept, entry = shared / f"{stage}.checkpoints", None
-        variables = self.variables | {"FOCALCAL_KEEP_CHECKPOINTS": str(kept)}
-        try:
-            with FileLock(shared / f"{stage}.lock"):  # an earlier start of this task may have outlived its node
-                if self.away is None:
-                    how = dvc(self.head, *repro, **variables)
-                else:
-                    with clone(self.head, **self.away) as folder:
-                        variables["DVC_SITE_CACHE_DIR"] = str(folder / ".dvc" / "site")
-                        dvc(folder, "checkout", "--quiet", *needs, **variables)
-                        how = dvc(folder, *repro, **variables)
-                        entry = load_yaml(folder / "dvc.lock")["stages"][stage]
-                if kept.exists():
-                    shutil.rmtree(kept.read_text(), ignore_errors=True)
-                    kept.unlink()
-        except SystemExit as stop:
-            if self.away and stop.code == STOPPED:
-                time.sleep(600)  # Slurm requeues what it has to end itself
-            raise
-        return {"how": how, "seconds": time.time() - begun, "entry": entry}
-
-
-@contextmanager
-def clone(head: Path, commit: str, lock: Path, cache: str, folder: str):
-    """Yields a clone of a commit on this node, gone afterwards, with the DVC cache of ``head``.
-
-    lock: a copy of head's dvc.lock, which knows the stages that ran there before. Failed notebooks go to head.
-    """
-    place = subprocess.run(["sh", "-c", f'printf %s "{folder}"'], capture_output=True, text=True, check=True).stdout
-    with tempfile.TemporaryDirectory(dir=place, prefix="focalcal-", ignore_cleanup_errors=True) as made:
-        made = Path(made) / "clone"
-        subprocess.run(["git", "clone", "--quiet", "--shared", "--no-checkout", str(head), str(made)], check=True)
-        subprocess.run(["git", "-C", str(made), "checkout", "--quiet", "--detach", commit], check=True)
-        shutil.copy(lock, made / "dvc.lock")
-        config = f"[core]\n    hardlink_lock = true\n[cache]\n    dir = {cache}\n"
-        (made / ".dvc" / "config.local").write_text(config)
-        try:
-            yield made
-        finally:
-            if (made / "artifacts" / "failed").exists():
-                shutil.copytree(made / "artifacts" / "failed", head / "artifacts" / "failed", dirs_exist_ok=True)
 
 
 @dataclasses.dataclass
@@ -328,7 +236,7 @@ def run_local(grid: Grid, slots: int | None) -> dict[str, dict]:
                 stage = waiting.pop(0)
                 executor = submitit.LocalExecutor(grid.logs(stage))
                 executor.update_parameters(timeout_min=60 * 24 * 365, stderr_to_stdout=True)
-                running[slot] = executor.submit(Task(paths.root(), variables), stage)
+                running[slot] = executor.submit(tasks.Task(paths.root(), variables), stage)
                 grid.stages[stage] = running[slot].job_id
                 grid.save()
 
@@ -359,7 +267,7 @@ def submit_slurm(grid: Grid, needs: dict[str, tuple[str, ...]], wanted: Cluster,
     lock = shutil.copy(paths.root() / "dvc.lock", grid.folder)
     variables = {"OMP_NUM_THREADS": str(wanted.cpus), "FOCALCAL_SCRATCH": str(paths.scratch().resolve())}
     away = {"commit": grid.commit, "lock": lock, "cache": cache, "folder": wanted.folder}
-    task, names = Task(paths.root(), variables, away), list(grid.stages)
+    task, names = tasks.Task(paths.root(), variables, away), list(grid.stages)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # no job whose number is not written down
     for first in range(0, len(names), ARRAY):
         part = names[first : first + ARRAY]
@@ -435,7 +343,7 @@ def run(globs: list[str], executor: str, slots: int | None, config: Path | None)
                 f"Grid {name} still runs them; `status --wait {name}` follows and `cancel {name}` stops it."
             )
     if before:
-        dvc(root, "repro", *before)
+        tasks.dvc(root, "repro", *before)
     stages = outdated(list(needs))
     print(f"{len(needs) - len(stages)} of {len(needs)} stages are up to date.")
     if not stages:
@@ -526,6 +434,4 @@ def main(arguments=None) -> int:
 
 
 if __name__ == "__main__":
-    from focalcal import grid  # tasks look for their class there
-
-    sys.exit(grid.main())
+    sys.exit(main())
