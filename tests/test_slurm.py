@@ -119,10 +119,10 @@ def test_a_grid_survives_what_happens_on_a_cluster(slurm, tmp_path):
     again = call(copy, *run, fails=True, **variables)
     assert "22 of 24 stages are up to date." in again and "1 results fetched" in again
 
-    others = [loss for loss in (*LOSSES, *MORE) if loss not in failing]
-    alone = repository(tmp_path / "alone", others, exceptions=LONG, more_losses=MORE)
+    alone = repository(tmp_path / "alone", [*LONG, "adafocal", "gamma3"], exceptions=LONG, more_losses=MORE)
     call(alone, *GRID, "run", "--jobs", "2", OMP_NUM_THREADS="2")
-    assert len(results(alone)) == 23 * 6 and results(copy) == results(alone)
+    assert len(results(copy)) == 23 * 6 and len(results(alone)) == 6 * 6
+    assert results(alone).items() <= results(copy).items()
     call(copy, "git", "checkout", "-q", "HEAD~1", "--", "dvc.lock")  # without what the command collected
     restored = call(copy, "dvc", "repro", "train@tiny-brier-0", orphaned)
     assert "train@tiny-brier-0' is cached - skipping run" in restored and "Running stage" not in restored
