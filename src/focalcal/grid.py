@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -101,9 +102,15 @@ def chosen(globs: list[str], away: bool) -> tuple[dict[str, tuple[str, ...]], li
 
 def outdated(stages: list[str]) -> list[str]:
     """Those of the stages that dvc repro would not skip."""
-    with Repo(str(paths.root())) as repo:
-        changed = repo.status(targets=stages)
-    return [stage for stage in stages if stage in changed]
+    with _stages() as named:  # repo.status(targets) would read dvc.yaml anew for each
+        return [stage for stage in stages if named[stage].status()]
+
+
+@contextmanager
+def _stages():
+    """Yields all stages of dvc.yaml by name, under DVC's lock."""
+    with Repo(str(paths.root()), _wait_for_lock=True) as repo, repo.lock:
+        yield {stage.addressing: stage for stage in repo.index.stages}
 
 
 @dataclasses.dataclass
@@ -283,17 +290,16 @@ def collect(rows: dict[str, dict]) -> None:
 
     Only of stages that this folder still has and that are not up to date here by other means.
     """
-    root = str(paths.root())
-    with Repo(root) as repo:
-        known = {stage.addressing for stage in repo.index.stages}
-    entries = {name: row["result"]["entry"] for name, row in rows.items() if name in known and row["state"] == "done"}
-    entries = {name: entries[name] for name in (outdated(list(entries)) if entries else ())}
-    if not entries:
-        return
-    with Repo(root, _wait_for_lock=True) as repo, repo.lock, modify_yaml(paths.root() / "dvc.lock") as lock:
-        lock["stages"] |= entries
-    with Repo(root, _wait_for_lock=True) as repo:
-        repo.checkout(targets=list(entries), force=True)
+    with _stages() as named:
+        entries = {
+            name: row["result"]["entry"] for name, row in rows.items() if row["state"] == "done" and name in named
+        }
+        entries = {name: entry for name, entry in entries.items() if named[name].status()}
+        with modify_yaml(paths.root() / "dvc.lock") as lock:
+            lock["stages"] |= entries
+    with _stages() as named:  # with their new entries
+        for name in entries:
+            named[name].checkout(force=True)
     again = len(outdated(list(entries))) or "none"
     print(f"{len(entries)} results fetched from the cache; `dvc repro` has to run {again} of them again.")
 
