@@ -36,6 +36,7 @@ def timed(what, function, *arguments):
 
 def measure(folder: Path, count: int, everything: bool) -> None:
     print(f"{count} trainings", flush=True)
+    os.chdir(folder.parent)
     copy = repository(folder, list(LOSSES), count // 12)
     (copy / "trivial.py").write_text(TRIVIAL)
     pipeline = yaml.safe_load((copy / "dvc.yaml").read_text())
