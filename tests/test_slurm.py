@@ -20,7 +20,7 @@ from tiny import call, commit, environment, repository
 LOSSES = ["cross_entropy", "label_smoothing", "brier", "mmce", "focal1", "focal2", "focal3", "flsd53", "flsc531"]
 LOSSES += ["adafocal", "dual_focal", "inverse_focal"]
 MORE = {f"gamma{n}": {"function": "focal3", "gamma": n / 4} for n in range(12)}
-LONG = {"focal1": {"epochs": 200}, "focal2": {"epochs": 200}, "flsd53": {"epochs": 200}, "focal3": {"epochs": 1000}}
+LONG = {"focal1": {"epochs": 200}, "focal2": {"epochs": 200}, "flsd53": {"epochs": 200}, "focal3": {"epochs": 1600}}
 CLUSTER = Path(__file__).with_name("slurm_cluster.sh")
 GRID = (sys.executable, "-m", "focalcal.grid")
 
