@@ -39,7 +39,7 @@ test: $(READY)
 test-slurm: $(READY)
 	python -m pytest -rs -m slurm tests/test_slurm.py
 
-grid: $(READY)
+grid: data
 	python -m focalcal.grid run $(GRID)
 
 bench: $(READY)
