@@ -58,7 +58,7 @@ def test_a_saved_run_is_read_back(study):
     assert runs.logits("tiny", "focal1", 0)["test"][0].shape == (5, 3)
     assert runs.gradients("tiny", "focal1", 0)[1].shape == (1, 10)
     assert runs.shifted("tiny", "focal1", 0)["noise1"].shape == (5, 3)
-    assert runs.active("tiny") == (["focal1"], [0])
+    assert runs.active("tiny") == runs.active("tiny", ["focal1"]) == (["focal1"], [0])
     assert (paths.root() / "artifacts/tiny/provenance/focal1-0.json").is_file()
 
 
@@ -128,8 +128,10 @@ def test_a_study_sees_its_data_sets_common_settings_under_its_own(study):
 def test_unknown_names_are_named(study):
     with pytest.raises(ValueError, match="Unknown study 'huge'; params.yaml defines: tiny"):
         settings.data("huge")
-    with pytest.raises(FileNotFoundError, match="Study 'tiny' has no active or published run with losses .'brier'."):
+    with pytest.raises(ValueError, match="Study 'tiny' has no active or published run of 'brier'; it has: focal1."):
         runs.history("tiny", ["brier"])
+    with pytest.raises(ValueError, match=r"Study 'tiny' has no active or published run with seeds \[7\]."):
+        runs.history("tiny", seeds=[7])
     study["active"]["losses"].append("brier")
     (paths.root() / "params.yaml").write_text(yaml.safe_dump(study))
     with pytest.raises(FileNotFoundError, match="brier/0/history.csv is missing; `dvc repro` makes it"):

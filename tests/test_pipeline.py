@@ -57,6 +57,21 @@ def test_a_forced_run_gives_the_same_bytes(copy):
     assert contents() == before and len(before) > 8
 
 
+def test_a_reader_chooses_one_loss_at_the_top_of_a_chapter(copy):
+    figures = {path: path.read_bytes() for path in (copy / "figures").rglob("*.*")}
+    chapters = sorted((copy / "figures/tiny").iterdir())
+    assert [chapter.name[:2] for chapter in chapters] == ["04", "05", "06", "07", "08", "09", "10", "11"]
+    for chapter in chapters:
+        opened = nbformat.read(copy / "notebooks" / f"{chapter.name}.ipynb", 4)
+        cell = next(cell for cell in opened.cells if "parameters" in cell.metadata.get("tags", []))
+        assert cell.source.startswith('study = "fashion"\nonly = []')
+        cell.source = 'study = "tiny"\nonly = ["adafocal"]'
+        nbformat.write(opened, copy / "opened.ipynb")
+        call(copy, sys.executable, "-m", "focalcal.notebook", "opened.ipynb", "executed.ipynb")
+        assert list((copy / "scratch/figures/tiny" / chapter.name).glob("*.png"))
+    assert figures == {path: path.read_bytes() for path in (copy / "figures").rglob("*.*")}
+
+
 def test_published_runs_are_analysed_like_ones_own(copy):
     parameters = (copy / "params.yaml").read_text()
     changed = yaml.safe_load(parameters)

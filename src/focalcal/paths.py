@@ -40,9 +40,12 @@ def scratch() -> Path:
     return Path(os.environ.get("FOCALCAL_SCRATCH") or root() / "scratch")
 
 
-def figures(name: str, notebook: str) -> Path:
-    """Folder of the figures and tables of one analysis notebook; made if missing."""
-    folder = root() / "figures" / name / notebook
+def figures(name: str, notebook: str, only=()) -> Path:
+    """Folder of the figures and tables of one analysis notebook; made if missing.
+
+    only: the losses that a reader has chosen; such pictures go to scratch/, so that figures/ has all of a study's.
+    """
+    folder = (scratch() if only else root()) / "figures" / name / notebook
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

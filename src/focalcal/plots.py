@@ -231,7 +231,7 @@ def gradient_histograms(axes, norms, epochs) -> None:
     bins = np.linspace(-8, np.log10(max(largest, 1e-7)), 60)
     for ax, row, epoch in zip(axes, range(len(epochs)), epochs, strict=True):
         for loss, values in norms.items():
-            logs = np.log10(np.maximum(values[row], 1e-8))
+            logs = np.maximum(np.log10(np.maximum(values[row], 1e-30)), bins[0])
             look = style(loss)
             ax.hist(
                 logs,
@@ -248,9 +248,8 @@ def gradient_histograms(axes, norms, epochs) -> None:
     axes[-1].legend(handles=handles, loc="upper left")
 
 
-def save(figure, study: str, notebook: str, name: str) -> None:
-    """Write figures/<study>/<notebook>/<name>.png and .svg, free of dates: equal figures give equal bytes."""
-    folder: Path = paths.figures(study, notebook)
+def save(figure, folder: Path, name: str) -> None:
+    """Write <name>.png and <name>.svg into the folder, free of dates: equal figures give equal bytes."""
     with matplotlib.rc_context({"svg.hashsalt": "focalcal"}):
         for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
             with paths.atomic(folder / f"{name}.{ending}") as part:
@@ -259,7 +258,7 @@ def save(figure, study: str, notebook: str, name: str) -> None:
         plt.close(figure)
 
 
-def save_table(table, study: str, notebook: str, name: str, **options) -> None:
-    """Write figures/<study>/<notebook>/<name>.csv; options go to DataFrame.to_csv."""
-    with paths.atomic(paths.figures(study, notebook) / f"{name}.csv") as part:
+def save_table(table, folder: Path, name: str, **options) -> None:
+    """Write <name>.csv into the folder; options go to DataFrame.to_csv."""
+    with paths.atomic(folder / f"{name}.csv") as part:
         table.to_csv(part, lineterminator="\n", **options)

@@ -27,40 +27,47 @@ def _runs(study: str) -> Path:
     return trained
 
 
-def pairs(study: str) -> list[tuple[str, int]]:
-    """The (loss, seed) of a study's runs: the active ones of params.yaml if the study is, else all that there are."""
+def pairs(study: str, only=()) -> list[tuple[str, int]]:
+    """The (loss, seed) of a study's runs: the active ones of params.yaml if the study is, else all that there are.
+
+    only: some of the losses; ValueError, which names those there are, if the study lacks one.
+    """
     chosen, top = settings.params(), _runs(study)
     order = list(chosen["shared"]["losses"])
     if study in chosen["active"]["studies"] and study not in chosen["active"]["published"]:
-        return [(loss, seed) for loss in chosen["active"]["losses"] for seed in chosen["active"]["seeds"]]
-    if not top.is_dir():
+        found = [(loss, seed) for loss in chosen["active"]["losses"] for seed in chosen["active"]["seeds"]]
+    elif top.is_dir():
+        found = [(path.parent.name, int(path.name)) for path in top.glob("*/*") if path.name.isdigit()]
+        found.sort(key=lambda run: (order.index(run[0]) if run[0] in order else len(order), *run))
+    else:
         fetch = f"`dvc pull published/{study}.dvc` fetches it, if it is published"
         raise FileNotFoundError(f"No runs of study '{study}': {top} is missing; {fetch}.")
-    found = [(path.parent.name, int(path.name)) for path in top.glob("*/*") if path.name.isdigit()]
-    return sorted(found, key=lambda run: (order.index(run[0]) if run[0] in order else len(order), *run))
+    there = list(dict.fromkeys(loss for loss, _ in found))
+    if missing := [loss for loss in only if loss not in there]:
+        raise ValueError(f"Study '{study}' has no active or published run of '{missing[0]}'; it has: {', '.join(there)}.")
+    return [run for run in found if not only or run[0] in only]
 
 
-def active(study: str) -> tuple[list[str], list[int]]:
-    """The losses and the seeds of a study's runs."""
-    losses, seeds = zip(*pairs(study), strict=True)
+def active(study: str, only=()) -> tuple[list[str], list[int]]:
+    """The losses and the seeds of a study's runs; only: as for ``pairs``."""
+    losses, seeds = zip(*pairs(study, only), strict=True)
     return list(dict.fromkeys(losses)), sorted(set(seeds))
 
 
-def history(study: str, losses=None, seeds=None) -> pd.DataFrame:
-    """history.csv of the study's runs, or of those with the given losses and seeds, one below the other.
+def history(study: str, only=(), seeds=()) -> pd.DataFrame:
+    """history.csv of the study's runs, or of some losses (as for ``pairs``) and seeds, one below the other.
 
     Columns loss and seed come first; the others are described in train.train.
     """
     tables = []
-    for loss, seed in pairs(study):
-        if (losses is None or loss in losses) and (seeds is None or seed in seeds):
+    for loss, seed in pairs(study, only):
+        if not seeds or seed in seeds:
             table = pd.read_csv(paths.existing(folder(study, loss, seed) / "history.csv"))
             table.insert(0, "loss", loss)
             table.insert(1, "seed", seed)
             tables.append(table)
     if not tables:
-        asked = f"losses {losses or 'any'} and seeds {seeds or 'any'}"
-        raise FileNotFoundError(f"Study '{study}' has no active or published run with {asked}.")
+        raise ValueError(f"Study '{study}' has no active or published run with seeds {list(seeds)}.")
     return pd.concat(tables, ignore_index=True)
 
 
@@ -79,17 +86,17 @@ def logits(study: str, loss: str, seed: int) -> dict[str, tuple[np.ndarray, np.n
         raise ValueError(f"{path}: {problem}") from problem
 
 
-def scaled(study: str, name: str) -> pd.DataFrame:
+def scaled(study: str, name: str, only=()) -> pd.DataFrame:
     """temperatures.csv (loss, seed, scaling, temperature) or metrics.csv (loss, seed, split, scaling, metric,
-    value), by ``name`` without the ending; rows of active losses and seeds."""
+    value), by ``name`` without the ending; rows of active losses and seeds. only: as for ``pairs``."""
     table = pd.read_csv(paths.existing(paths.study(study) / f"{name}.csv"), keep_default_na=False)
-    losses, seeds = active(study)
+    losses, seeds = active(study, only)
     return table[table.loss.isin(losses) & table.seed.isin(seeds)].reset_index(drop=True)
 
 
-def results(study: str, how: str = "mean") -> pd.DataFrame:
+def results(study: str, how: str = "mean", only=()) -> pd.DataFrame:
     """metrics.csv of the test split, wide: a row per loss, columns (metric, scaling); mean or std over seeds."""
-    table = scaled(study, "metrics").query("split == 'test'")
+    table = scaled(study, "metrics", only).query("split == 'test'")
     return table.pivot_table("value", "loss", ["metric", "scaling"], aggfunc=how, sort=False)
 
 
@@ -132,13 +139,13 @@ def repeats_papers(study: str) -> bool:
     return (settings.data(study).dataset, network) == (papers["dataset"], papers["network"])
 
 
-def against_papers(study: str) -> pd.DataFrame:
+def against_papers(study: str, only=()) -> pd.DataFrame:
     """ECE in per cent before and after scaling by ECE beside the papers', with verdicts; see ``verdict``.
 
     A row per loss: mean and standard deviation over seeds, the papers' number, the difference, the verdict.
     """
     scaling = {"ECE %": ("ece", "none"), "ECE % scaled": ("ece", "ece")}
-    mean, deviation = 100 * results(study), 100 * results(study, "std")
+    mean, deviation = 100 * results(study, only=only), 100 * results(study, "std", only)
     table = beside_papers(pd.DataFrame({name: mean[column] for name, column in scaling.items()}), **papers_of(study))
     for at, (name, column) in reversed(list(enumerate(scaling.items()))):
         ours, theirs = table[name], table[f"{name} (papers)"]
