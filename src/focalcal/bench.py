@@ -273,10 +273,13 @@ def draw(table: pd.DataFrame, machine: str) -> None:
             "#BBBBBB" if ratio == 1 else "#CCCC88" if "roof" in v else "#3377BB"
             for ratio, v in zip(shown.ratio, shown.variant, strict=True)
         ]
-        drawn = ax.barh(names, shown.ratio, color=colors)
-        labels = [f"{r:.1f}x  ({v:,.0f} {u})" for r, v, u in zip(shown.ratio, shown.value, shown.unit, strict=True)]
-        ax.bar_label(drawn, labels, padding=3, fontsize=8)
-        ax.set(xscale="log", xlabel="times as fast", title=machine, xlim=(0.3, 4 * shown.ratio.max()))
+        ax.barh(names, shown.ratio - 1, left=1, color=colors)
+        ax.axvline(1, color="#444444", linewidth=1)
+        for y, row in enumerate(shown.itertuples()):
+            said = f"{row.ratio:.1f}x  ({row.value:,.0f} {row.unit})"
+            ax.text(1.05 * max(1, row.ratio), y, said, verticalalignment="center", fontsize=8)
+        ax.set(xscale="log", xlabel="times as fast", title=machine, xlim=(0.7, 4 * shown.ratio.max()))
+        plots.plain_log(ax.xaxis)
         ax.invert_yaxis()
         figure.savefig(paths.root() / "figures" / "bench.png", bbox_inches="tight")
         plt.close(figure)

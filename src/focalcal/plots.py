@@ -10,8 +10,8 @@ import matplotlib
 import matplotlib.colors
 import numpy as np
 from matplotlib import pyplot as plt
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullLocator
 
 from focalcal import paths
 
@@ -43,7 +43,10 @@ THEME = {  # for seaborn.set_theme(rc=THEME) in a notebook's set-up cell
     "axes.titlesize": 10.5,
     "axes.labelsize": 10,
     "legend.fontsize": 8.5,
-    "legend.frameon": False,
+    "legend.frameon": True,
+    "legend.framealpha": 0.9,
+    "legend.facecolor": "white",
+    "legend.edgecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "grid.color": "#DDDDDD",
@@ -87,6 +90,13 @@ def decays(ax, milestones) -> None:
         ax.axvline(epoch - 0.5, color="#999999", linestyle=":", linewidth=1, zorder=0)
 
 
+def plain_log(axis) -> None:
+    """Label a logarithmic axis with plain numbers, 1, 2, 5 and 10 of each decade."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
 def legend_right(figure, ax) -> None:
     """One legend for all panels, to the right of the figure, in the order of ``ax``."""
     handles, labels = ax.get_legend_handles_labels()
@@ -124,17 +134,21 @@ def reliability(ax, count, confidence, correct, color: str, title: str = "") -> 
         align="edge", fill=False, edgecolor="#CC3311", hatch="////", linewidth=0.6,
     )  # fmt: skip
     ax.plot([0, 1], [0, 1], color="#444444", linestyle="--", linewidth=1)
-    ax.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), aspect="equal", title=title)
+    ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title=title)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_ticks((0, 0.5, 1), ("0", "0.5", "1"))
 
 
 def panels(count: int, columns: int = 4):
     """A figure of square panels in rows of ``columns``, and its first ``count`` axes; the rest stay blank."""
     rows = -(-count // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(10, 2.75 * rows), sharex=True, sharey=True, layout="constrained"
+        rows, columns, figsize=(10, 2.75 * rows), sharex=True, sharey=True, layout="constrained", squeeze=False
     )
-    for ax in axes.flat[count:]:
-        ax.set_axis_off()
+    for place in range(count, rows * columns):
+        axes.flat[place].set_axis_off()
+        if place >= columns:
+            axes.flat[place - columns].tick_params(labelbottom=True)
     return figure, axes.flat[:count]
 
 
@@ -142,7 +156,8 @@ def confidence_histogram(ax, confidence, correct, edges, color: str, title: str 
     """How many samples have which confidence, the wrong ones stacked in grey on the right ones."""
     parts, colors = (confidence[correct], confidence[~correct]), (color, "#BBBBBB")
     ax.hist(parts, edges, stacked=True, label=("right", "wrong"), color=colors, edgecolor="white", linewidth=0.5)
-    ax.set(title=title, xlabel="Confidence", xlim=(0, 1), xticks=(0, 0.5, 1))
+    ax.set(title=title, xlabel="Confidence", xlim=(0, 1))
+    ax.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
     ax.legend(loc="upper left")
 
 
@@ -211,41 +226,32 @@ def verdict_map(ax, losses, pairs) -> None:
 
     pairs: rows with columns one, other and verdict (of one against other).
     """
+    colors = {"worse": "#CC6677", "not distinguishable": "#DDDDDD", "better": "#4477AA"}
     sign, grid = {"better": 1, "worse": -1}, np.full((len(losses), len(losses)), np.nan)
     for row in pairs.itertuples():
         i, j = losses.index(row.one), losses.index(row.other)
         grid[i, j], grid[j, i] = sign.get(row.verdict, 0), -sign.get(row.verdict, 0)
-    ax.imshow(grid, cmap=matplotlib.colors.ListedColormap(["#CC6677", "#DDDDDD", "#4477AA"]), vmin=-1, vmax=1)
+    ax.imshow(grid, cmap=matplotlib.colors.ListedColormap(list(colors.values())), vmin=-1, vmax=1)
+    for name, color in reversed(colors.items()):
+        ax.plot([], [], "s", color=color, label=f"row {name}")
     names = [label(loss) for loss in losses]
     ax.set_xticks(range(len(losses)), names, rotation=90)
     ax.set_yticks(range(len(losses)), names)
     ax.grid(visible=False)
 
 
-def gradient_histograms(axes, norms, epochs) -> None:
-    """A panel per epoch: the density of log10 gradient norms, one outline per loss.
+def gradient_norms(axes, norms, epochs) -> None:
+    """A panel per epoch: which share of the samples has a smaller gradient norm, a line per loss.
 
-    norms: loss -> (len(epochs), N). Norms below 1e-8 are drawn at 1e-8.
+    norms: loss -> (len(epochs), N). What lies below 1e-8 is where a line starts.
     """
-    largest = max(values.max() for values in norms.values())
-    bins = np.linspace(-8, np.log10(max(largest, 1e-7)), 60)
+    share = np.linspace(0, 1, 501)
     for ax, row, epoch in zip(axes, range(len(epochs)), epochs, strict=True):
         for loss, values in norms.items():
-            logs = np.maximum(np.log10(np.maximum(values[row], 1e-30)), bins[0])
-            look = style(loss)
-            ax.hist(
-                logs,
-                bins,
-                histtype="step",
-                density=True,
-                linewidth=1.5,
-                color=look["color"],
-                linestyle=look["linestyle"],
-            )
-        ax.set(xlabel="log10 of gradient norm", title=f"Epoch {epoch}")
-    axes[0].set(ylabel="Density of training samples")
-    handles = [Line2D([], [], **style(loss)) for loss in norms]
-    axes[-1].legend(handles=handles, loc="upper left")
+            ax.plot(np.quantile(np.maximum(values[row], 1e-8), share), share, linewidth=1.5, **style(loss))
+        ax.set(xscale="log", xticks=(1e-8, 1e-4, 1), ylim=(0, 1.02), xlabel="Gradient norm", title=f"Epoch {epoch}")
+    axes[0].set(ylabel="Share of training samples")
+    axes[0].legend()
 
 
 def save(figure, folder: Path, name: str) -> None:

@@ -50,7 +50,9 @@ def vector(logits, labels):
         return -(own * log_probs).sum() / n, np.concatenate([(slope * logits).sum(axis=0), slope.sum(axis=0)])
 
     start = np.full(classes, 1 / calibrate.temperature_by_nll(logits, labels))
-    found = minimize(loss, np.concatenate([start, np.zeros(classes)]), jac=True, method="L-BFGS-B").x
+    to_the_end = {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 10_000, "maxfun": 20_000}  # results then hold on any machine
+    first = np.concatenate([start, np.zeros(classes)])
+    found = minimize(loss, first, jac=True, method="L-BFGS-B", options=to_the_end).x
     return lambda z: metrics.log_softmax(z * found[:classes] + found[classes:])
 
 
@@ -59,7 +61,8 @@ def matrix(logits, labels):
 
     Where a class is missing in the labels, its probability is TINY.
     """
-    model = LogisticRegression(C=100.0, max_iter=2000).fit(logits / np.abs(logits).max(), labels)
+    model = LogisticRegression(C=100.0, solver="newton-cg", tol=1e-8, max_iter=2000)
+    model.fit(logits / np.abs(logits).max(), labels)
     scale = np.abs(logits).max()
 
     def apply(z):
@@ -118,7 +121,8 @@ def focal_temperature(logits, labels):
         return -apply(logits, parameters)[np.arange(len(labels)), labels].mean()
 
     start = np.log(calibrate.temperature_by_nll(logits, labels))
-    found = min((minimize(loss, [start, gamma], method="Nelder-Mead") for gamma in (0.1, 2.0)), key=lambda r: r.fun).x
+    search = {"method": "Nelder-Mead", "options": {"xatol": 1e-6, "fatol": 1e-12}}
+    found = min((minimize(loss, [start, gamma], **search) for gamma in (0.1, 2.0)), key=lambda r: r.fun).x
     return lambda z: apply(z, found)
 
 

@@ -44,7 +44,8 @@ def pairs(study: str, only=()) -> list[tuple[str, int]]:
         raise FileNotFoundError(f"No runs of study '{study}': {top} is missing; {fetch}.")
     there = list(dict.fromkeys(loss for loss, _ in found))
     if missing := [loss for loss in only if loss not in there]:
-        raise ValueError(f"Study '{study}' has no active or published run of '{missing[0]}'; it has: {', '.join(there)}.")
+        known = ", ".join(there) or "none"
+        raise ValueError(f"Study '{study}' has no active or published run of '{missing[0]}'; it has: {known}.")
     return [run for run in found if not only or run[0] in only]
 
 
