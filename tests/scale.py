@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 from tiny import call, commit, repository
 
-from focalcal import grid, tasks
+from focalcal import stages, tasks
 from focalcal.losses import LOSSES
 
 TRIVIAL = """import pathlib, sys
@@ -45,7 +45,7 @@ def measure(folder: Path, count: int, everything: bool) -> None:
     (copy / "dvc.lock").unlink()
     commit(copy)
     call(copy, "dvc", "repro", "prepare@tiny")
-    stages = [f"train@tiny-{loss}-{seed}" for seed in range(count // 12) for loss in LOSSES]
+    names = [f"train@tiny-{loss}-{seed}" for seed in range(count // 12) for loss in LOSSES]
     if everything:
         lock = (copy / "dvc.lock").read_text()
         timed("dvc repro, all computed one after another", call, copy, "dvc", "repro", "train")
@@ -53,21 +53,21 @@ def measure(folder: Path, count: int, everything: bool) -> None:
 
     cache = str(copy / ".dvc" / "cache")
     away = {"commit": "HEAD", "lock": copy / "dvc.lock", "cache": cache, "folder": tempfile.gettempdir()}
-    rows = {}
+    collected = {}
     for first in range(0, count, 48):  # as on a cluster, but 48 stages a clone
-        part = stages[first : first + 48]
-        with tasks.clone(copy, **away) as made:
+        part = names[first : first + 48]
+        with tasks.clone(copy, "part", **away) as made:
             call(made, "dvc", "checkout", "strip", "prepare@tiny")
             call(made, "dvc", "repro", "--single-item", *part)
             entries = tasks.load_yaml(made / "dvc.lock")["stages"]
-        rows |= {stage: {"state": "done", "result": {"entry": entries[stage]}} for stage in part}
+        collected |= {stage: entries[stage] for stage in part}
     os.chdir(copy)
-    timed("results of all tasks collected on the head", grid.collect, rows)
+    timed("results of all tasks collected on the head", stages.collect, collected)
     timed("dvc repro, nothing to do", call, copy, "dvc", "repro", "train")
-    timed("dvc repro --single-item of one stage, forced", call, copy, "dvc", "repro", "-f", "-s", stages[0])
+    timed("dvc repro --single-item of one stage, forced", call, copy, "dvc", "repro", "-f", "-s", names[0])
     (copy / "scratch").mkdir(exist_ok=True)
     task = tasks.Task(copy, {"FOCALCAL_SCRATCH": str(copy / "scratch")}, away)
-    timed("one task of a cluster: clone, checkout, stage", task, stages[0], ("strip", "prepare@tiny"))
+    timed("one task of a cluster: clone, checkout, stage", task, names[0], ("strip", "prepare@tiny"))
 
 
 if __name__ == "__main__":

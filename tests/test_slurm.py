@@ -74,6 +74,7 @@ def test_a_grid_survives_what_happens_on_a_cluster(slurm, tmp_path):
     copy = repository(tmp_path / "slurm", [*LOSSES, *MORE], exceptions=LONG | failing, more_losses=MORE)
     (tmp_path / "slurm.yaml").write_text("cpus: 1\nmemory: 4\ntime: 10\n")
     run = (*GRID, "run", "--executor", "slurm", "--cluster", str(tmp_path / "slurm.yaml"))
+    locked = []  # what dvc.lock says while tasks are at work
     with open(tmp_path / "said", "w") as said:
         head = subprocess.Popen(run, cwd=copy, env=environment(copy) | variables, stdout=said, stderr=said)
 
@@ -84,6 +85,7 @@ def test_a_grid_survives_what_happens_on_a_cluster(slurm, tmp_path):
         return 3 < max(epochs_saved(copy, stage), default=0) < most and grid["stages"][stage]
 
     until(lambda: "submitted as job" in (tmp_path / "said").read_text())
+    locked.append((copy / "dvc.lock").read_bytes())
     requeued, timed_out, killed, orphaned = (f"train@tiny-{loss}-0" for loss in LONG)
     command("scontrol", "requeue", until(lambda: job_at_work(requeued)))
     reached = {requeued: max(epochs_saved(copy, requeued))}
@@ -98,12 +100,14 @@ def test_a_grid_survives_what_happens_on_a_cluster(slurm, tmp_path):
     reached[orphaned] = max(epochs_saved(copy, orphaned))
     subprocess.run([CLUSTER, "node", folder, node], check=True)
     lowest = dict(reached)
+    locked.append((copy / "dvc.lock").read_bytes())
     while head.poll() is None:
         lowest = {name: min(epoch, max(epochs_saved(copy, name), default=epoch)) for name, epoch in lowest.items()}
         time.sleep(0.2)
     output = (tmp_path / "said").read_text()
 
     assert head.returncode == 1 and lowest == reached, "each went on from its checkpoint"
+    assert locked[0] == locked[1] != (copy / "dvc.lock").read_bytes(), "entered at the end, by the head alone"
     states = dict(re.findall(r"^(train@[^\s:]+) +(\w+)", output, re.M))
     expected = {"train@tiny-label_smoothing-0": "failed", killed: "cancelled"}
     assert len(states) == 24 and {name: state for name, state in states.items() if state != "done"} == expected
@@ -119,10 +123,49 @@ def test_a_grid_survives_what_happens_on_a_cluster(slurm, tmp_path):
     again = call(copy, *run, fails=True, **variables)
     assert "22 of 24 stages are up to date." in again and "1 results fetched" in again
 
-    alone = repository(tmp_path / "alone", [*LONG, "adafocal", "gamma3"], exceptions=LONG, more_losses=MORE)
+    alone = repository(tmp_path / "alone", ["adafocal", "gamma3"], exceptions=LONG, more_losses=MORE)
     call(alone, *GRID, "run", "--jobs", "2", OMP_NUM_THREADS="2")
-    assert len(results(copy)) == 23 * 6 and len(results(alone)) == 6 * 6
-    assert results(alone).items() <= results(copy).items()
+    assert len(results(alone)) == 2 * 6 and results(alone).items() <= results(copy).items()
+    short = [loss for loss in [*LOSSES, *MORE] if loss not in ("label_smoothing", *LONG)]
+    for losses in (short, ["focal1", "focal2", "flsd53"], ["focal3"]):  # the others without DVC, which takes longer
+        call(alone, sys.executable, "-m", "focalcal.train", "tiny", *losses, OMP_NUM_THREADS="1")
+    trained = results(alone)
+    assert len(trained) == 23 * 5 + 2 and trained.items() <= results(copy).items()
     call(copy, "git", "checkout", "-q", "HEAD~1", "--", "dvc.lock")  # without what the command collected
-    restored = call(copy, "dvc", "repro", "train@tiny-brier-0", orphaned)
-    assert "train@tiny-brier-0' is cached - skipping run" in restored and "Running stage" not in restored
+    restored = call(copy, "dvc", "repro", "--keep-going", "train", fails=True)
+    assert len(re.findall(r"Stage 'train@\S+' is cached - skipping run", restored)) == 23
+    assert re.findall("Running stage '(.*)'", restored) == ["train@tiny-label_smoothing-0"]
+
+
+def test_ctrl_c_leaves_the_jobs_alone(slurm, tmp_path):
+    folder, variables, command = slurm
+    variables = variables | {"SLURM_MEM_PER_CPU": "100"}  # as within a job: with it, srun refuses what we ask for
+    copy = repository(tmp_path / "copy", ["focal1", "focal2", "focal3"], exceptions={"focal3": {"epochs": 5000}})
+    (tmp_path / "slurm.yaml").write_text("cpus: 1\nmemory: 4\ntime: 10\n")
+    run = (*GRID, "run", "--executor", "slurm", "--cluster", str(tmp_path / "slurm.yaml"), "train@*focal[12]*")
+    head = subprocess.Popen(
+        run, cwd=copy, env=environment(copy) | variables, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    said = ""
+    while "submitted as job" not in said:
+        said += head.stdout.readline()
+    assert "2 stages submitted as job" in said and "the default partition, 1 CPUs, no GPU, 4 GB, 10 minutes" in said
+    head.send_signal(signal.SIGINT)
+    rest = head.communicate(timeout=60)[0]
+    assert head.returncode == 130 and "The grid goes on. Follow it: python -m focalcal.grid status --wait" in rest
+    assert "still runs them" in call(copy, *run, fails=True, **variables)
+    name = re.search(r"status --wait (\S+)", rest)[1]
+    output = call(copy, *GRID, "status", "--wait", name, **variables)
+    assert "2 of 2 stages are done" in output and "2 results fetched" in output and "has to run none" in output
+
+    lock = (copy / "dvc.lock").read_bytes()
+    call(copy, "git", "checkout", "-q", "HEAD", "--", "dvc.lock")  # as if nobody had waited for them
+    commands = call(copy, *run, **variables)
+    assert "2 results of earlier grids fetched" in commands and "2 of 2 stages are up to date" in commands
+    assert (copy / "dvc.lock").read_bytes() == lock
+
+    long = subprocess.Popen([*run[:-1], "train@*focal3*"], cwd=copy, env=environment(copy) | variables)
+    until(lambda: epochs_saved(copy, "train@tiny-focal3-0"))
+    assert "is being stopped" in call(copy, *GRID, "cancel", **variables)
+    assert long.wait(timeout=120) == 1 and "cancelled" in call(copy, *GRID, "status", fails=True, **variables)
+    assert command("squeue", "--noheader", "--states=running,pending", "--format=%i") == ""

@@ -12,7 +12,6 @@ their logs; results are in DVC's cache, and trainings go on from their checkpoin
 
 import argparse
 import dataclasses
-import fnmatch
 import json
 import os
 import shutil
@@ -21,24 +20,22 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
-import networkx
+import cloudpickle
 import psutil
 import submitit
-import yaml
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
-from dvc.utils.serialize import modify_yaml
-from pydantic import BaseModel, ConfigDict, Field
-from submitit.core.utils import JobPaths, pickle_load
+from dvc.utils.serialize import YAMLFileCorruptedError, parse_yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from submitit.core.utils import FailedJobError, JobPaths, pickle_load
 from tabulate import tabulate
 
-from focalcal import paths, settings, tasks
+from focalcal import paths, settings, stages, tasks
 
-ARRAY = 1000  # tasks in one array job, Slurm's usual limit
 WAITING = {"PENDING", "REQUEUED", "CONFIGURING", "SUSPENDED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
 ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 ENDED |= {"PREEMPTED", "REVOKED"}
@@ -61,6 +58,20 @@ class Cluster(BaseModel):
     constraint: str | None = None
     setup: list[str] = []  # shell lines before the task, such as: module load cuda
     folder: str = "${TMPDIR:-/tmp}"  # on the node, for the task's clone
+    array: int = Field(1000, gt=0)  # tasks in one array job; the cluster's limit, if that is lower
+
+    @field_validator("gpu_type")
+    @classmethod
+    def _with_a_number(cls, gpu_type, info: ValidationInfo):
+        if not info.data.get("gpus"):
+            raise ValueError("input needs gpus, how many of them, beside it")
+        return gpu_type
+
+    def said(self) -> str:
+        """What a task gets, for people."""
+        gpus = f"{self.gpus} GPU{'s' * (self.gpus > 1)}{f' ({self.gpu_type})' if self.gpu_type else ''}"
+        where = f"partition {self.partition}" if self.partition else "the default partition"
+        return f"{where}, {self.cpus} CPUs, {gpus if self.gpus else 'no GPU'}, {self.memory} GB, {self.time} minutes"
 
 
 def cluster(path: Path | None = None) -> Cluster:
@@ -68,49 +79,13 @@ def cluster(path: Path | None = None) -> Cluster:
     if path is None and not (path := paths.root() / "slurm.yaml").exists():
         return Cluster()
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as problem:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(problem).split())}.") from None
+        values = parse_yaml(path.read_text(), path)  # YAML 1.2, to which 12:00:00 is no number
+    except YAMLFileCorruptedError as problem:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(problem.__cause__).split())}.") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must consist of 'name: value' settings, such as 'partition: gpu'.")
     values = {str(name): value for name, value in values.items()}
     return settings._build(Cluster, values, dict.fromkeys(values, str(path)))
-
-
-def chosen(globs: list[str], away: bool) -> tuple[dict[str, tuple[str, ...]], list[str]]:
-    """The stages that match, each with those it reads from; and all stages that they depend on.
-
-    ValueError, in one sentence, if they make no grid; away: also if they cannot run in a clone.
-    """
-    with Repo(str(paths.root())) as repo:
-        graph, named = repo.index.graph, {stage.addressing: stage for stage in repo.index.stages}
-        matching = {name for glob in globs for name in fnmatch.filter(named, glob) if named[name].cmd}
-        for glob in globs:
-            if not fnmatch.filter(matching, glob):
-                raise ValueError(f"No stage matches '{glob}'; `dvc stage list --all` names them.")
-        above = {name: {s.addressing for s in networkx.descendants(graph, named[name])} for name in matching}
-        for name in sorted(matching):
-            if within := above[name] & matching:
-                raise ValueError(f"{name} depends on {min(within)}, so they cannot run at once: run one grid each.")
-            if away and not all(out.use_cache and not out.persist for out in named[name].outs):
-                raise ValueError(f"{name} writes files that are not in DVC's cache, so it can run here only.")
-            if away and not all(stage.cmd for stage in graph.successors(named[name])):
-                raise ValueError(f"{name} reads data that only this folder has, so it can run here only.")
-        before = [name for name in named if named[name].cmd and any(name in names for names in above.values())]
-        return {n: tuple(s.addressing for s in graph.successors(named[n])) for n in named if n in matching}, before
-
-
-def outdated(stages: list[str]) -> list[str]:
-    """Those of the stages that dvc repro would not skip."""
-    with _stages() as named:  # repo.status(targets) would read dvc.yaml anew for each
-        return [stage for stage in stages if named[stage].status()]
-
-
-@contextmanager
-def _stages():
-    """Yields all stages of dvc.yaml by name, under DVC's lock."""
-    with Repo(str(paths.root()), _wait_for_lock=True) as repo, repo.lock:
-        yield {stage.addressing: stage for stage in repo.index.stages}
 
 
 @dataclasses.dataclass
@@ -140,6 +115,8 @@ class Grid:
     def rows(self) -> dict[str, dict]:
         """For each stage its state, what there is to say of it, the path of its log, and once it is done its result."""
         found, states = {}, self._slurm_states() if self.executor == "slurm" else self._local_states()
+        with suppress(PermissionError):  # of somebody else's grid
+            self.folder.chmod(self.folder.stat().st_mode)  # a network disk then looks again for new files
         for stage, job in self.stages.items():
             if stage in self.finished or job is None:
                 unstarted = "waiting" if _runs(self.pid, "focalcal.grid") else "not started"
@@ -154,6 +131,8 @@ class Grid:
             elif state in ENDED or not state:  # an error may also be that of an earlier start
                 row |= {"state": "failed" if outcome else state.lower() or "stopped"}
                 row |= {"said": reason(row["log"], result) if outcome else ""}
+                if outcome and state not in ("", "FAILED", "COMPLETED"):
+                    row["said"] += f" (Slurm: {state})"  # such as OUT_OF_MEMORY
             found[stage] = row
         return found
 
@@ -193,23 +172,33 @@ def reason(log: Path, error: str) -> str:
 
 def follow(grid: Grid, step=lambda: None, every: float = 10.0) -> dict[str, dict]:
     """Print progress until nothing waits or runs; the rows then. step: called before each look."""
-    said, begun, looks = None, time.time(), 0
-    while looks < (2 if grid.executor == "slurm" else 1):  # results reach a shared disk a little later
+    said, begun, looks, enough = None, time.time(), 0, 1
+    while looks < enough:
         time.sleep(every if said else 0)
         step()
         rows = grid.rows()
         count = Counter(row["state"] for row in rows.values())
         done, running, waiting = count["done"], count["running"], count["waiting"]
         looks = 0 if running + waiting else looks + 1
+        if grid.executor == "slurm":  # results reach a shared disk a little later
+            enough = 7 if count["completed"] else 2
         line = f"{done} of {len(rows)} done, {running} running, {waiting} waiting"
         line += f", {bad} failed" if (bad := len(rows) - done - running - waiting) else ""
+        whys = Counter(row["said"] for row in rows.values() if row["state"] == "waiting" and row["said"])
+        if waiting and not running and whys:
+            line += f" ({whys.most_common(1)[0][0]})"
         if line != said:
-            said, seconds = line, [row["result"]["seconds"] for row in rows.values() if "result" in row]
-            left = sum(seconds) / max(1, len(seconds)) * (running / 2 + waiting) / max(1, running)
-            print(
-                f"{duration(time.time() - begun)}  {line}{f', about {duration(left)} left' if left else ''}", flush=True
-            )
+            said = line
+            print(f"{duration(time.time() - begun)}  {line}{left(rows, running, waiting)}", flush=True)
     return rows
+
+
+def left(rows: dict[str, dict], running: int, waiting: int) -> str:
+    """How long the rest will take, if some stages have been computed and some are at work."""
+    seconds = [row["result"]["seconds"] for row in rows.values() if row["said"] == "computed"]
+    if not (seconds and running):
+        return ""
+    return f", about {duration(sum(seconds) / len(seconds) * (running / 2 + waiting) / running)} left"
 
 
 def duration(seconds: float) -> str:
@@ -222,12 +211,13 @@ def run_local(grid: Grid, slots: int | None) -> dict[str, dict]:
 
     from focalcal import train
 
-    on, cores = train.device().type, torch.get_num_threads()
-    gpus = torch.cuda.device_count() if on == "cuda" else 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-    slots = min(slots or gpus or (cores if on == "cpu" else 1), len(grid.stages))
-    threads = max(1, cores // slots)
-    print(f"{len(grid.stages)} stages, {slots} at a time on {gpus} GPUs and {cores} CPU threads; logs in {grid.folder}")
+    on, cores = train.device(), torch.get_num_threads()
+    gpus = visible_gpus(on, torch.cuda.device_count()) if on.type == "cuda" else []
+    slots = slots or len(gpus) or (cores if on.type == "cpu" else 1)
+    threads = max(1, cores // slots)  # the same however many stages are left: results depend on it
+    slots = min(slots, len(grid.stages))
+    have = f"{len(gpus)} GPUs" if gpus else f"{threads} CPU thread{'s' * (threads > 1)} each"
+    print(f"{len(grid.stages)} stages, {slots} at a time, {have}; logs in {grid.folder}")
     waiting, running = list(grid.stages), {}
 
     def start():
@@ -235,11 +225,9 @@ def run_local(grid: Grid, slots: int | None) -> dict[str, dict]:
             if slot in running and running[slot].done():
                 del running[slot]
             if slot not in running and waiting:
-                variables = {"FOCALCAL_SCRATCH": str(paths.scratch().resolve())}
-                if slots > 1:
-                    variables["OMP_NUM_THREADS"] = str(threads)
+                variables = {"FOCALCAL_SCRATCH": str(paths.scratch().resolve()), "OMP_NUM_THREADS": str(threads)}
                 if gpus:
-                    variables |= {"CUDA_VISIBLE_DEVICES": visible[slot % gpus], "FOCALCAL_DEVICE": "cuda"}
+                    variables |= {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)], "FOCALCAL_DEVICE": "cuda"}
                 stage = waiting.pop(0)
                 executor = submitit.LocalExecutor(grid.logs(stage))
                 executor.update_parameters(timeout_min=60 * 24 * 365, stderr_to_stdout=True)
@@ -258,10 +246,21 @@ def run_local(grid: Grid, slots: int | None) -> dict[str, dict]:
             time.sleep(0.2)
 
 
+def visible_gpus(device, seen: int) -> list[str]:
+    """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them.
+
+    device: the torch device chosen, one GPU of them if it has a number; seen: how many torch counts.
+    """
+    named = list(filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))) or [*map(str, range(seen))]
+    if not named[0].startswith("MIG"):  # of slices torch counts but one
+        named = named[:seen]
+    return named if device.index is None else [named[device.index]]
+
+
 def submit_slurm(grid: Grid, needs: dict[str, tuple[str, ...]], wanted: Cluster, slots: int | None) -> None:
     """Hand the stages to Slurm as an array job (more, if there are very many)."""
     given = {name: getattr(wanted, name) for name in ("partition", "account", "qos", "constraint", "time", "setup")}
-    given |= {"mem": f"{wanted.memory}GB", "cpus_per_task": wanted.cpus, "array_parallelism": slots or ARRAY}
+    given |= {"mem": f"{wanted.memory}GB", "cpus_per_task": wanted.cpus, "array_parallelism": slots or wanted.array}
     if wanted.gpus:
         given["gres"] = ":".join(filter(None, ("gpu", wanted.gpu_type, str(wanted.gpus))))
     executor = submitit.SlurmExecutor(grid.folder, max_num_timeout=wanted.restarts)
@@ -273,35 +272,34 @@ def submit_slurm(grid: Grid, needs: dict[str, tuple[str, ...]], wanted: Cluster,
         cache = repo.cache.local_cache_dir
     lock = shutil.copy(paths.root() / "dvc.lock", grid.folder)
     variables = {"OMP_NUM_THREADS": str(wanted.cpus), "FOCALCAL_SCRATCH": str(paths.scratch().resolve())}
+    variables["FOCALCAL_DEVICE"] = "cuda" if wanted.gpus else "cpu"
     away = {"commit": grid.commit, "lock": lock, "cache": cache, "folder": wanted.folder}
-    task, names = tasks.Task(paths.root(), variables, away), list(grid.stages)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # no job whose number is not written down
-    for first in range(0, len(names), ARRAY):
-        part = names[first : first + ARRAY]
-        jobs = executor.map_array(task, part, [needs[name] for name in part])
-        grid.stages |= {stage: job.job_id for stage, job in zip(part, jobs, strict=True)}
-        grid.save()
-    signal.signal(signal.SIGINT, before)
-    print(f"{len(names)} stages submitted as job {', '.join(grid.jobs())}; logs in {grid.folder}")
+    task, names, refused = tasks.Task(paths.root(), variables, away), list(grid.stages), ""
+    cloudpickle.register_pickle_by_value(tasks)  # its code of now, whatever becomes of this folder's
+    ours = {name: value for name, value in os.environ.items() if name.startswith(("SLURM_CONF", "SBATCH_"))}
+    with stages.undisturbed(), submitit.helpers.clean_env():  # no job unknown, and no traces of one that we are in
+        os.environ.update(ours)
+        for first in range(0, len(names), wanted.array):
+            part = names[first : first + wanted.array]
+            try:
+                jobs = executor.map_array(task, part, [needs[name] for name in part])
+            except FailedJobError as problem:
+                refused = f"Slurm refuses {len(names) - first} of {len(names)} stages: {' '.join(str(problem).split())}"
+                break
+            grid.stages |= {stage: job.job_id for stage, job in zip(part, jobs, strict=True)}
+            grid.save()
+    grid.pid = 0  # from now on nothing is started
+    grid.save()
+    if not grid.jobs():
+        raise RuntimeError(refused)
+    submitted = sum(job is not None for job in grid.stages.values())
+    print(f"{submitted} stages submitted as job {', '.join(grid.jobs())} to {wanted.said()}; logs in {grid.folder}")
+    print(refused, end="\n" if refused else "")
 
 
-def collect(rows: dict[str, dict]) -> None:
-    """Enter what the tasks did in their clones into dvc.lock, all at once, and fetch it from the cache.
-
-    Only of stages that this folder still has and that are not up to date here by other means.
-    """
-    with _stages() as named:
-        entries = {
-            name: row["result"]["entry"] for name, row in rows.items() if row["state"] == "done" and name in named
-        }
-        entries = {name: entry for name, entry in entries.items() if named[name].status()}
-        with modify_yaml(paths.root() / "dvc.lock") as lock:
-            lock["stages"] |= entries
-    with _stages() as named:  # with their new entries
-        for name in entries:
-            named[name].checkout(force=True)
-    again = len(outdated(list(entries))) or "none"
-    print(f"{len(entries)} results fetched from the cache; `dvc repro` has to run {again} of them again.")
+def entries(rows: dict[str, dict]) -> dict[str, dict]:
+    """What the finished tasks left in the dvc.lock of their clones."""
+    return {name: row["result"]["entry"] for name, row in rows.items() if row["state"] == "done"}
 
 
 def summary(rows: dict[str, dict]) -> int:
@@ -324,7 +322,12 @@ def conclude(grid: Grid, rows: dict[str, dict]) -> int:
     """Summarise and collect what has ended; the exit status."""
     status = summary(rows)
     if grid.executor == "slurm":
-        collect(rows)
+        print("Entering the results into dvc.lock ...", flush=True)
+        entered, others, again = stages.collect(entries(rows))
+        fetched = f"{len(entered)} results fetched from the cache"
+        print(f"{fetched}; `dvc repro` has to run {len(again) or 'none'} of them again.")
+        if others:
+            print(f"Not entered, since settings, code or data are others now than when they ran: {', '.join(others)}.")
     print("`grid run` again runs those that are not done." if status else "`dvc repro` runs what follows from them.")
     return status
 
@@ -332,6 +335,8 @@ def conclude(grid: Grid, rows: dict[str, dict]) -> int:
 def run(globs: list[str], executor: str, slots: int | None, config: Path | None) -> int:
     """Run a grid to its end; the exit status."""
     away, root = executor == "slurm", paths.root()
+    if config and not away:
+        raise ValueError("--cluster says what to ask Slurm for; it goes with --executor slurm.")
     wanted = cluster(config) if away else None
     if away and not (shutil.which("sbatch") and shutil.which("squeue")):
         raise RuntimeError("There is no sbatch here; on a machine that can submit jobs, run this again.")
@@ -341,26 +346,38 @@ def run(globs: list[str], executor: str, slots: int | None, config: Path | None)
     )
     if away and (changed or not commit):
         raise RuntimeError(f"Tasks on the cluster work on a commit; commit first what is not: {changed[:200]}")
-    needs, before = chosen(globs, away)
-    for name in _started():
-        earlier = opened(name)
-        if set(earlier.stages) & set(needs) and {"waiting", "running"} & {r["state"] for r in earlier.rows().values()}:
-            raise RuntimeError(
-                f"Grid {name} still runs them; `status --wait {name}` follows and `cancel {name}` stops it."
-            )
-    if before:
-        tasks.dvc(root, "repro", *before)
-    stages = outdated(list(needs))
-    print(f"{len(needs) - len(stages)} of {len(needs)} stages are up to date.")
-    if not stages:
+    needs, before = stages.chosen(globs, away)
+    done = ended_elsewhere(needs)
+    if missing := stages.outdated(before):
+        tasks.dvc(root, "--wait-for-lock", "repro", *missing)
+    if done and (entered := stages.collect(entries(done))[0]):
+        print(f"{len(entered)} results of earlier grids fetched from the cache.")
+    names = stages.outdated(list(needs))
+    print(f"{len(needs) - len(names)} of {len(needs)} stages are up to date.")
+    if not names:
         return 0
     folder = paths.scratch().resolve() / "grid" / time.strftime("%Y%m%d-%H%M%S")
-    grid = Grid(folder, executor, commit, os.getpid(), dict.fromkeys(stages))
+    grid = Grid(folder, executor, commit, os.getpid(), dict.fromkeys(names))
     grid.save()
     if not away:
         return conclude(grid, run_local(grid, slots))
     submit_slurm(grid, needs, wanted, slots)
     return wait(grid)
+
+
+def ended_elsewhere(names) -> dict[str, dict]:
+    """Rows of those of the stages that earlier grids have done on Slurm; RuntimeError if one still runs any of them."""
+    done = {}
+    for name in _started():
+        earlier = opened(name)
+        rows = {stage: row for stage, row in earlier.rows().items() if stage in names}
+        if {"waiting", "running"} & {row["state"] for row in rows.values()}:
+            raise RuntimeError(
+                f"Grid {name} still runs them; `status --wait {name}` follows and `cancel {name}` stops it."
+            )
+        if earlier.executor == "slurm":
+            done |= {stage: row for stage, row in rows.items() if row["state"] == "done"}
+    return done
 
 
 def wait(grid: Grid) -> int:
@@ -393,8 +410,11 @@ def cancel(grid: Grid) -> None:
     """Stop all that runs or waits; what is done is kept, and the checkpoints."""
     if not {"waiting", "running"} & {row["state"] for row in grid.rows().values()}:
         raise RuntimeError(f"Grid {grid.folder.name} does not run any more.")
-    if grid.executor == "local":
+    if grid.executor == "local" and _runs(grid.pid, "focalcal.grid"):
         os.kill(grid.pid, signal.SIGTERM)
+    elif grid.executor == "local":  # who started them was killed
+        for job in grid._local_states():
+            os.kill(int(job), signal.SIGINT)
     else:
         asked = subprocess.run(["scancel", *grid.jobs()], capture_output=True, text=True)
         if asked.returncode:
@@ -409,14 +429,19 @@ def main(arguments=None) -> int:
     starts = commands.add_parser("run", help="run all matching stages that are not up to date")
     starts.add_argument("glob", nargs="*", default=["train@*"], help="names of stages, with * and ? (default: train@*)")
     starts.add_argument("--executor", choices=("local", "slurm"), default="local")
-    starts.add_argument("--jobs", type=int, metavar="N", help="how many at a time (default: one a GPU or CPU thread)")
+    starts.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="how many at a time (default: here one a GPU or CPU thread, on Slurm all that it lets run)",
+    )
     starts.add_argument("--cluster", type=Path, metavar="FILE", help="what to ask Slurm for (default: slurm.yaml)")
     status = commands.add_parser("status", help="how far a grid is, and where its logs are")
     status.add_argument("--wait", action="store_true", help="follow it to its end, and collect its results")
     for command in (status, commands.add_parser("cancel", help="stop a grid")):
         command.add_argument("grid", nargs="?", help="its name (default: the newest)")
     given = parser.parse_args(arguments)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)  # however this is stopped, what it runs here is, too
     try:
         if given.command == "run":

@@ -118,7 +118,9 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
                 raise RuntimeError(f"{notebook} stopped before its last cell.")
             nbformat.write(normalise(executed, keep_outputs=True), part)
         except papermill.exceptions.PapermillExecutionError as failure:
-            kept = paths.root() / "artifacts" / "failed" / Path(out).name
+            artifacts, place = paths.root() / "artifacts", Path(out).resolve()
+            inside = place.relative_to(artifacts) if place.is_relative_to(artifacts) else Path(place.name)
+            kept = artifacts / "failed" / inside
             kept.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(scratch, kept)
             reason = " ".join(str(failure.evalue).split())

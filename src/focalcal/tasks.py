@@ -7,11 +7,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
+from dvc.config import Config
 from dvc.utils.serialize import load_yaml
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from submitit.helpers import Checkpointable
 
 HOW = {"Running stage": "computed", "is cached": "from the cache", "didn't change": "up to date"}  # in DVC's words
@@ -64,11 +66,11 @@ class Task(Checkpointable):
         kept, entry = shared / f"{stage}.checkpoints", None
         variables = self.variables | {"FOCALCAL_KEEP_CHECKPOINTS": str(kept)}
         try:
-            with FileLock(shared / f"{stage}.lock"):  # an earlier start of this task may have outlived its node
+            with alone(shared / f"{stage}.lock"):
                 if self.away is None:
                     how = dvc(self.head, *repro, **variables)
                 else:
-                    with clone(self.head, **self.away) as folder:
+                    with clone(self.head, stage, **self.away) as folder:
                         variables["DVC_SITE_CACHE_DIR"] = str(folder / ".dvc" / "site")
                         dvc(folder, "checkout", "--quiet", *needs, **variables)
                         how = dvc(folder, *repro, **variables)
@@ -84,19 +86,43 @@ class Task(Checkpointable):
 
 
 @contextmanager
-def clone(head: Path, commit: str, lock: Path, cache: str, folder: str):
+def alone(path: Path):
+    """Holds a lock; an earlier start of the task may have outlived its node, and is then waited for, with a message."""
+    lock = FileLock(path, fallback_to_soft=False)  # a soft one would outlive a killed process
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(
+            f"An earlier start of this task is still at work, or {path} is held for a dead node; waiting.", flush=True
+        )
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def clone(head: Path, stage: str, commit: str, lock: Path, cache: str, folder: str):
     """Yields a clone of a commit on this node, gone afterwards, with the DVC cache of ``head``.
 
-    lock: a copy of head's dvc.lock, which knows the stages that ran there before. Failed notebooks go to head.
+    stage: what it is for; what a killed task left behind for the same stage is removed. lock: a copy of head's
+    dvc.lock, which knows the stages that ran there before. Failed notebooks go to head.
     """
     place = subprocess.run(["sh", "-c", f'printf %s "{folder}"'], capture_output=True, text=True, check=True).stdout
-    with tempfile.TemporaryDirectory(dir=place, prefix="focalcal-", ignore_cleanup_errors=True) as made:
+    prefix = f"focalcal-{zlib.crc32(f'{head} {stage}'.encode()):08x}-"
+    for left in Path(place).glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=place, prefix=prefix, ignore_cleanup_errors=True) as made:
         made = Path(made) / "clone"
         subprocess.run(["git", "clone", "--quiet", "--shared", "--no-checkout", str(head), str(made)], check=True)
         subprocess.run(["git", "-C", str(made), "checkout", "--quiet", "--detach", commit], check=True)
         shutil.copy(lock, made / "dvc.lock")
-        config = f"[core]\n    hardlink_lock = true\n[cache]\n    dir = {cache}\n"
-        (made / ".dvc" / "config.local").write_text(config)
+        if (head / ".dvc" / "config.local").exists():  # such as a cache shared by a group
+            shutil.copy(head / ".dvc" / "config.local", made / ".dvc")
+        with Config(str(made / ".dvc")).edit("local") as local:
+            local.setdefault("core", {})["hardlink_lock"] = True
+            local.setdefault("cache", {})["dir"] = cache
         try:
             yield made
         finally:
