@@ -116,7 +116,7 @@ def test_a_grid_survives_what_happens_on_a_cluster(slurm, tmp_path):
     logs = {name: copy / log for name, log in re.findall(r"^(train@\S+) .* (\S+)$", output, re.M) if name in states}
     starts = {name: log.read_text().count("Running stage") for name, log in logs.items()}
     assert {name for name, count in starts.items() if count != 1} == {requeued, timed_out, orphaned}
-    assert all(starts[name] == 2 for name in reached) and "Requeued job" in logs[timed_out].read_text()
+    assert all(starts[name] == 2 for name in reached) and "Calling checkpoint" in logs[timed_out].read_text()
 
     assert epochs_saved(copy, killed), "its checkpoints are kept"
     commit(copy)
