@@ -57,7 +57,7 @@ def numbers(studies: list[str]) -> pd.DataFrame:
     table["metric"] = table.metric.map(METRICS)
     for column in ("sd", "papers"):  # empty where there is none
         table[column] = table[column].astype(object).where(table[column].notna(), "")
-    return table[["study", "loss", "metric", "scaling", *values]]
+    return table[["loss", "metric", "scaling", *values, "study"]]
 
 
 def _first(column: pd.Series) -> pd.Series:
@@ -67,14 +67,14 @@ def _first(column: pd.Series) -> pd.Series:
 
 
 def table_html(table: pd.DataFrame) -> str:
-    """A sortable table with filters for its first four columns, its scripts inlined."""
+    """A sortable table with filters for all columns but numbers, its scripts inlined."""
     bundle = itables.javascript.generate_init_offline_itables_html(Path(itables.__file__).parent / "html/dt_bundle.js")
     filters = {"extend": "dropdown", "icon": "search", "text": "Filter", "content": ["searchList"]}
     shown = itables.to_html_datatable(
         table,
         connected=False,
         text_in_header_can_be_selected=False,  # a click on a heading sorts
-        columnDefs=[{"targets": [0, 1, 2, 3], "columnControl": [filters]}],
+        columnDefs=[{"targets": [0, 1, 2, -1], "columnControl": [filters]}],
         showIndex=False,
         maxBytes=0,
         lengthMenu=[12, 36, 400],
@@ -155,8 +155,8 @@ def reliability(study: str) -> str:
 
 
 def curves(study: str) -> str:
-    """Training curves of every loss, mean over seeds."""
-    history = runs.history(study)
+    """Training curves of every loss, mean over seeds, without the first tenth of the epochs, which dwarfs the rest."""
+    history = runs.history(study).query("epoch > 0.1 * epoch.max()")
     table = history.melt(["loss", "seed", "epoch"], list(CURVES), "curve").dropna()
     table = table.groupby(["loss", "curve", "epoch"], sort=False).value.mean().reset_index().round(5)
     losses = list(history.loss.unique())
