@@ -361,8 +361,7 @@ def run(globs: list[str], executor: str, slots: int | None, config: Path | None)
     grid.save()
     if not away:
         return conclude(grid, run_local(grid, slots))
-    submit_slurm(grid, needs, wanted, slots)
-    return wait(grid)
+    return wait(grid, lambda: submit_slurm(grid, needs, wanted, slots))
 
 
 def ended_elsewhere(names) -> dict[str, dict]:
@@ -380,11 +379,15 @@ def ended_elsewhere(names) -> dict[str, dict]:
     return done
 
 
-def wait(grid: Grid) -> int:
-    """Follow a grid to its end; on Slurm it goes on when this is interrupted. The exit status."""
+def wait(grid: Grid, submit=None) -> int:
+    """Follow a grid, first submitted if it is not yet, to its end; it goes on if this is interrupted. Exit status."""
     try:
+        if submit:
+            submit()
         rows = follow(grid)
     except KeyboardInterrupt:
+        if not grid.jobs():
+            raise
         name = grid.folder.name
         print(f"\nThe grid goes on. Follow it: python -m focalcal.grid status --wait {name}")
         print(f"Stop it: python -m focalcal.grid cancel {name}")
