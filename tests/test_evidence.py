@@ -37,7 +37,12 @@ def test_the_interval_of_a_mean_is_that_of_theory():
     logits = np.stack([np.ones(2000), np.zeros(2000)], axis=1)
     error = evidence.resampled_metrics(logits, wrong.astype(int), evidence.resamples(2000))["error"]
     half = 1.645 * np.sqrt(0.2 * 0.8 / 2000)
-    assert evidence.interval(0.2, error) == pytest.approx((0.2 - half, 0.2 + half), abs=1e-3)
+    assert evidence.interval(0.2, error, "error") == pytest.approx((0.2 - half, 0.2 + half), abs=1e-3)
+
+
+def test_an_interval_stays_within_what_the_metric_can_be():
+    assert evidence.interval(0.9, np.array([0.5, 1.5]), "mce") == pytest.approx((0.45, 1.0))
+    assert evidence.interval(0.1, np.array([-0.4, 0.6]), "nll") == pytest.approx((0.0, 0.55))
 
 
 def test_differences_are_paired():
@@ -93,7 +98,7 @@ def test_nine_in_ten_intervals_hold_what_other_test_sets_give():
     for seed in range(1000, 1100):
         logits, labels = calibrated(2000, seed, 1.1)
         drawn, value = evidence.resampled_metrics(logits, labels, counts, ["ece"])["ece"], metrics.ece(logits, labels)
-        low, high = evidence.interval(value, drawn)
+        low, high = evidence.interval(value, drawn, "ece")
         assert 0 <= low <= value <= high
         held.append(low <= expected <= high)
     assert 0.85 <= np.mean(held) <= 0.95  # the plain percentile interval: 0.77

@@ -1,6 +1,7 @@
 """The real pipeline, at a tiny size on scikit-learn's digits, in a copy of this repository."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -68,7 +69,10 @@ def test_a_reader_chooses_one_loss_at_the_top_of_a_chapter(copy):
         cell.source = 'study = "tiny"\nonly = ["adafocal"]'
         nbformat.write(opened, copy / "opened.ipynb")
         call(copy, sys.executable, "-m", "focalcal.notebook", "opened.ipynb", "executed.ipynb")
-        assert list((copy / "scratch/figures/tiny" / chapter.name).glob("*.png"))
+        drawn = copy / "scratch/figures/tiny" / chapter.name
+        assert list(drawn.glob("*.png"))
+        for table in drawn.glob("*.csv"):
+            assert not {"cross_entropy", "Cross-entropy"} & set(re.split(r"[,\n]", table.read_text())), table
     assert figures == {path: path.read_bytes() for path in (copy / "figures").rglob("*.*")}
 
 

@@ -13,6 +13,7 @@ from sklearn.isotonic import IsotonicRegression
 from focalcal import calibrate, metrics
 
 RESAMPLES, LEVEL = 1000, 0.90  # Mukhoti et al. 2020: 1000 resamples, intervals of 90 %
+LARGEST = {"nll": np.inf, "brier": 2.0}  # a metric's largest value, where it is not 1
 
 
 def resamples(samples: int, count: int = RESAMPLES, seed: int = 0) -> np.ndarray:
@@ -81,15 +82,15 @@ def _classwise(probs, labels, counts, bins: int) -> np.ndarray:
     return errors / n / (labels.max() + 1)
 
 
-def interval(value: float, resampled: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
-    """Where the mean of a metric over test sets of this size lies, measured once as ``value``: (low, high), low >= 0.
+def interval(value: float, resampled: np.ndarray, metric: str, level: float = LEVEL) -> tuple[float, float]:
+    """Where the mean of a metric over test sets of this size lies, measured once as ``value``: (low, high).
 
     The percentile interval of the resampled values (Mukhoti et al. 2020), less their bias, mean(resampled) - value:
     resampling adds noise to every bin, and binned errors add up absolute values, in which noise does not cancel. The
-    same bias is in ``value`` once, and stays there.
+    same bias is in ``value`` once, and stays there. Cut to what the metric, a name in metrics.METRICS, can be.
     """
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2]) - (np.mean(resampled) - value)
-    return max(0.0, float(low)), float(high)
+    return max(0.0, float(low)), min(LARGEST.get(metric, 1.0), float(high))
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray, resampled_ours, resampled_theirs, level=LEVEL) -> dict[str, float]:

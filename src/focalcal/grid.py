@@ -36,6 +36,7 @@ from tabulate import tabulate
 
 from focalcal import paths, settings, stages, tasks
 
+SILENT = "Slurm does not answer"
 WAITING = {"PENDING", "REQUEUED", "CONFIGURING", "SUSPENDED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
 ENDED = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 ENDED |= {"PREEMPTED", "REVOKED"}
@@ -63,7 +64,7 @@ class Cluster(BaseModel):
     @field_validator("gpu_type")
     @classmethod
     def _with_a_number(cls, gpu_type, info: ValidationInfo):
-        if not info.data.get("gpus"):
+        if gpu_type and not info.data.get("gpus"):
             raise ValueError("input needs gpus, how many of them, beside it")
         return gpu_type
 
@@ -95,7 +96,7 @@ class Grid:
     folder: Path
     executor: str
     commit: str
-    pid: int  # of the process that starts the tasks; on Slurm it may end before them
+    pid: int  # of the process that starts the tasks; 0 once all are handed to Slurm
     stages: dict[str, str | None]  # stage -> submitit's job id, None before it is started
     finished: dict[str, dict] = dataclasses.field(default_factory=dict)  # rows that are done, once seen
 
@@ -142,12 +143,13 @@ class Grid:
 
     def _slurm_states(self) -> dict[str, tuple[str, str]]:
         """Slurm's word for each task, and why it waits; Slurm forgets them minutes after their end."""
-        found = {}
+        found, silent = {}, ("UNKNOWN", SILENT)  # counts as running
         for number in self.jobs():
+            if shutil.which("squeue") is None:
+                return dict.fromkeys(filter(None, self.stages.values()), silent)
             command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={number}", "--format=%i|%T|%r"]
             asked = subprocess.run(command, capture_output=True, text=True)
             if asked.returncode and "Invalid job id" not in asked.stderr:
-                silent = ("UNKNOWN", "Slurm does not answer")  # counts as running
                 return dict.fromkeys(filter(None, self.stages.values()), silent)
             lines = [line.split("|") for line in asked.stdout.splitlines() if line.count("|") == 2]
             found |= {job: (state, why if state in WAITING else "") for job, state, why in lines}
@@ -324,8 +326,8 @@ def conclude(grid: Grid, rows: dict[str, dict]) -> int:
     if grid.executor == "slurm":
         print("Entering the results into dvc.lock ...", flush=True)
         entered, others, again = stages.collect(entries(rows))
-        fetched = f"{len(entered)} results fetched from the cache"
-        print(f"{fetched}; `dvc repro` has to run {len(again) or 'none'} of them again.")
+        fetched = f"{len(entered) - len(again)} results fetched from the cache"
+        print(f"{fetched}; `dvc repro` has to run {len(again) or 'none'} again.")
         if others:
             print(f"Not entered, since settings, code or data are others now than when they ran: {', '.join(others)}.")
     print("`grid run` again runs those that are not done." if status else "`dvc repro` runs what follows from them.")
@@ -350,8 +352,9 @@ def run(globs: list[str], executor: str, slots: int | None, config: Path | None)
     done = ended_elsewhere(needs)
     if missing := stages.outdated(before):
         tasks.dvc(root, "--wait-for-lock", "repro", *missing)
-    if done and (entered := stages.collect(entries(done))[0]):
-        print(f"{len(entered)} results of earlier grids fetched from the cache.")
+    entered, _, again = stages.collect(entries(done))
+    if entered:
+        print(f"{len(entered) - len(again)} results of earlier grids fetched from the cache.")
     names = stages.outdated(list(needs))
     print(f"{len(needs) - len(names)} of {len(needs)} stages are up to date.")
     if not names:
@@ -369,11 +372,14 @@ def ended_elsewhere(names) -> dict[str, dict]:
     done = {}
     for name in _started():
         earlier = opened(name)
+        if not set(earlier.stages) & set(names):
+            continue
         rows = {stage: row for stage, row in earlier.rows().items() if stage in names}
+        if SILENT in {row["said"] for row in rows.values()}:
+            raise RuntimeError(f"{SILENT}, so whether grid {name} still runs them cannot be told here.")
         if {"waiting", "running"} & {row["state"] for row in rows.values()}:
-            raise RuntimeError(
-                f"Grid {name} still runs them; `status --wait {name}` follows and `cancel {name}` stops it."
-            )
+            advice = f"`status --wait {name}` follows and `cancel {name}` stops it"
+            raise RuntimeError(f"Grid {name} still runs them; {advice}.")
         if earlier.executor == "slurm":
             done |= {stage: row for stage, row in rows.items() if row["state"] == "done"}
     return done
@@ -445,7 +451,8 @@ def main(arguments=None) -> int:
         command.add_argument("grid", nargs="?", help="its name (default: the newest)")
     given = parser.parse_args(arguments)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # however this is stopped, what it runs here is, too
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, signal.default_int_handler)  # however this is stopped, what it runs here is, too
     try:
         if given.command == "run":
             if given.jobs is not None and given.jobs < 1:

@@ -36,7 +36,7 @@ def run(name: str, loss: str, seed: int) -> Path:
 
 
 def scratch() -> Path:
-    """Checkpoints of unfinished trainings; the environment variable FOCALCAL_SCRATCH names another folder."""
+    """Checkpoints, grids and a reader's own figures; the environment variable FOCALCAL_SCRATCH names another folder."""
     return Path(os.environ.get("FOCALCAL_SCRATCH") or root() / "scratch")
 
 

@@ -243,7 +243,7 @@ def verdict_map(ax, losses, pairs) -> None:
 def gradient_norms(axes, norms, epochs) -> None:
     """A panel per epoch: which share of the samples has a smaller gradient norm, a line per loss.
 
-    norms: loss -> (len(epochs), N). What lies below 1e-8 is where a line starts.
+    norms: loss -> (len(epochs), N). The height at which a line leaves the left edge is the share below 1e-8.
     """
     share = np.linspace(0, 1, 501)
     for ax, row, epoch in zip(axes, range(len(epochs)), epochs, strict=True):

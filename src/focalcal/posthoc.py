@@ -61,9 +61,8 @@ def matrix(logits, labels):
 
     Where a class is missing in the labels, its probability is TINY.
     """
-    model = LogisticRegression(C=100.0, solver="newton-cg", tol=1e-8, max_iter=2000)
-    model.fit(logits / np.abs(logits).max(), labels)
     scale = np.abs(logits).max()
+    model = LogisticRegression(C=100.0, solver="newton-cg", tol=1e-8, max_iter=2000).fit(logits / scale, labels)
 
     def apply(z):
         probs = np.zeros(z.shape)

@@ -72,6 +72,14 @@ def history(study: str, only=(), seeds=()) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+def sweep(name: str) -> list[str]:
+    """The studies of a sweep in params.yaml."""
+    known = settings.params()["sweeps"]
+    if name not in known:
+        raise ValueError(f"Unknown sweep '{name}'; params.yaml lists under sweeps: {', '.join(known) or 'none'}.")
+    return known[name]
+
+
 def curves(history: pd.DataFrame, column: str) -> pd.DataFrame:
     """One column of a history as a table of epochs x losses, the mean over seeds."""
     return history.pivot_table(column, "epoch", "loss", sort=False)

@@ -6,8 +6,7 @@ from contextlib import contextmanager
 
 import networkx
 from dvc.repo import Repo
-from dvc.utils.serialize import load_yaml
-from dvc.utils.serialize._yaml import dumps_yaml
+from dvc.utils.serialize import dumps_yaml, load_yaml
 
 from focalcal import paths
 
@@ -49,19 +48,23 @@ def collect(entries: dict[str, dict]) -> tuple[list[str], list[str], list[str]]:
     would have to run again. Stages that are unknown or up to date here are none of them.
     """
     lock = paths.root() / "dvc.lock"
+    if not entries:
+        return [], [], []
     with _opened() as named:
         entries = {name: entries[name] for name in entries if name in named and named[name].status()}
     if not entries:
         return [], [], []
     with undisturbed():
-        before = load_yaml(lock)
-        _write(lock, before | {"stages": before["stages"] | entries})
-        with _opened() as named:  # with their new entries
-            others = [name for name in entries if named[name].changed_stage() or named[name].changed_deps()]
-            entered = [name for name in entries if name not in others]
+        before, entered = load_yaml(lock), []
+        try:
+            _write(lock, before | {"stages": before["stages"] | entries})
+            with _opened() as named:  # with their new entries
+                others = [name for name in entries if named[name].changed_stage() or named[name].changed_deps()]
+                entered = [name for name in entries if name not in others]
+                for name in entered:
+                    named[name].checkout(force=True)
+        finally:
             _write(lock, before | {"stages": before["stages"] | {name: entries[name] for name in entered}})
-            for name in entered:
-                named[name].checkout(force=True)
     return entered, others, outdated(entered)
 
 
@@ -73,7 +76,7 @@ def _write(lock, content: dict) -> None:
 
 @contextmanager
 def undisturbed():
-    """Ctrl-C and the like have to wait."""
+    """Ctrl-C and the like are ignored meanwhile."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
     try:

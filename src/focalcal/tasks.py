@@ -59,7 +59,8 @@ class Task(Checkpointable):
         results are in the cache. Stopped is not failed: a task that is stopped leaves no result.
         """
         for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: sys.exit(STOPPED))
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda *_: sys.exit(STOPPED))
         begun, repro = time.time(), ("--wait-for-lock", "repro", "--single-item", stage)
         shared = Path(self.variables["FOCALCAL_SCRATCH"]) / "grid" / "stages"
         shared.mkdir(parents=True, exist_ok=True)
