@@ -17,7 +17,7 @@ def chosen(globs: list[str], away: bool) -> tuple[dict[str, tuple[str, ...]], li
     ValueError, in one sentence, if they make no grid; away: also if they cannot run in a clone.
     """
     with Repo(str(paths.root())) as repo:
-        graph, named = repo.index.graph, {stage.addressing: stage for stage in repo.index.stages}
+        graph, named = repo.index.graph, _named(repo)
         matching = {name for glob in globs for name in fnmatch.filter(named, glob) if named[name].cmd}
         for glob in globs:
             if not fnmatch.filter(matching, glob):
@@ -36,7 +36,8 @@ def chosen(globs: list[str], away: bool) -> tuple[dict[str, tuple[str, ...]], li
 
 def outdated(names: list[str]) -> list[str]:
     """Those of the stages that dvc repro would not skip."""
-    with _opened() as named:  # repo.status(targets) would read dvc.yaml anew for each
+    with Repo(str(paths.root()), _wait_for_lock=True) as repo, repo.lock:
+        named = _named(repo)  # repo.status(targets) would read dvc.yaml anew for each
         return [name for name in names if named[name].status()]
 
 
@@ -47,24 +48,26 @@ def collect(entries: dict[str, dict]) -> tuple[list[str], list[str], list[str]]:
     with other settings, code or data than are here now, which are left alone; and of those entered that `dvc repro`
     would have to run again. Stages that are unknown or up to date here are none of them.
     """
-    lock = paths.root() / "dvc.lock"
     if not entries:
         return [], [], []
-    with _opened() as named:
+    root = paths.root()
+    lock = root / "dvc.lock"
+    with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:  # nobody else writes dvc.lock meanwhile
+        named = _named(repo)
         entries = {name: entries[name] for name in entries if name in named and named[name].status()}
-    if not entries:
-        return [], [], []
-    with undisturbed():
-        before, entered = load_yaml(lock), []
-        try:
-            _write(lock, before | {"stages": before["stages"] | entries})
-            with _opened() as named:  # with their new entries
-                others = [name for name in entries if named[name].changed_stage() or named[name].changed_deps()]
-                entered = [name for name in entries if name not in others]
-                for name in entered:
-                    named[name].checkout(force=True)
-        finally:
-            _write(lock, before | {"stages": before["stages"] | {name: entries[name] for name in entered}})
+        before, entered, others = load_yaml(lock), [], []
+        with undisturbed():
+            try:
+                _write(lock, before | {"stages": before["stages"] | entries})
+                with Repo(str(root)) as anew:  # sees the new entries
+                    anew.lock = repo.lock
+                    named = _named(anew)
+                    others = [name for name in entries if named[name].changed_stage() or named[name].changed_deps()]
+                    entered = [name for name in entries if name not in others]
+                    for name in entered:
+                        named[name].checkout(force=True)
+            finally:
+                _write(lock, before | {"stages": before["stages"] | {name: entries[name] for name in entered}})
     return entered, others, outdated(entered)
 
 
@@ -86,8 +89,6 @@ def undisturbed():
             signal.signal(number, handler)
 
 
-@contextmanager
-def _opened():
-    """Yields all stages of dvc.yaml by name, under DVC's lock."""
-    with Repo(str(paths.root()), _wait_for_lock=True) as repo, repo.lock:
-        yield {stage.addressing: stage for stage in repo.index.stages}
+def _named(repo: Repo) -> dict:
+    """All stages of dvc.yaml by name."""
+    return {stage.addressing: stage for stage in repo.index.stages}
