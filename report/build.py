@@ -19,7 +19,8 @@ import vl_convert
 from sphinx.cmd.build import main as sphinx
 from sphinx.util.osutil import ensuredir
 
-from focalcal import metrics, paths, plots, runs, settings
+from compendium import paths, runs, settings
+from focalcal import metrics, plots
 
 HERE = Path(__file__).parent
 BINS, TENTHS = (5, 10, 15, 30), range(5, 36)  # of the reliability diagram; temperatures 0.5 ... 3.5

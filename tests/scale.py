@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 from tiny import call, commit, repository
 
-from focalcal import stages, tasks
+from compendium import stages, tasks
 from focalcal.losses import LOSSES
 
 TRIVIAL = """import pathlib, sys

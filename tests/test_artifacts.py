@@ -7,8 +7,9 @@ import pytest
 import torch
 import yaml
 
-from focalcal import losses, networks, paths, runs, settings, train
-from focalcal.settings import Training
+from compendium import paths, runs, settings
+from focalcal import losses, networks, train
+from focalcal.train import Training
 
 
 @pytest.fixture

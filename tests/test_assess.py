@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from focalcal import assess, paths
+from compendium import assess, paths
 
 REPOSITORY = Path(__file__).parents[1]
 

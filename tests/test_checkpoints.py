@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from focalcal import checkpoints, feed, losses, networks, paths, train
-from focalcal.settings import Training
+from compendium import checkpoints, paths
+from focalcal import feed, losses, networks, train
+from focalcal.train import Training
 
 SETTINGS = Training(network="small_resnet", epochs=6, milestones=[3, 5], batch_size=64)
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from focalcal import data
-from focalcal.settings import Data
+from compendium import data
+from compendium.settings import Data
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import torch
 import yaml
 from tiny import call, environment, repository
 
-from focalcal import grid, stages, tasks, train
+from compendium import grid, stages, tasks
+from focalcal import train
 
 LOSSES = ["cross_entropy", "label_smoothing", "focal3"]
 GRID = (sys.executable, "-m", "focalcal.grid")

@@ -2,7 +2,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from focalcal import notebook
+from compendium import notebook
 
 
 @pytest.fixture

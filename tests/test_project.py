@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from focalcal import calibrate, losses, metrics, plots
-from focalcal.settings import Training
+from focalcal.train import Training
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

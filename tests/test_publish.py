@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import yaml
 
-from focalcal import metrics, paths, publish, runs
+from compendium import paths, publish, runs
+from focalcal import metrics
 
 PARAMETERS = {
     "active": {"studies": [], "published": ["big"], "losses": ["brier"], "seeds": [7]},

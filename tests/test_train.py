@@ -6,7 +6,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from focalcal import feed, losses, networks, train
-from focalcal.settings import Training
+from focalcal.train import Training
 
 SETTINGS = Training(network="small_resnet", epochs=3, milestones=[2, 3], batch_size=64, augment=True)
 

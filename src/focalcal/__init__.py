@@ -1,1 +1,1 @@
-"""Calibrating deep neural networks with the focal loss and its successors."""
+"""Calibrating deep neural networks with the focal loss and its successors: the method, without the compendium."""

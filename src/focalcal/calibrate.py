@@ -106,8 +106,34 @@ def temperatures(logits, labels) -> dict[str, float]:
     return {"none": 1.0, "nll": temperature_by_nll(logits, labels), "ece": temperature_by_ece(logits, labels)}
 
 
+def refinement(logits, labels) -> float:
+    """The NLL, in nats, at the temperature that is best for these very samples: what no temperature can take away.
+
+    The rest of the NLL is its calibration part (Berta et al. 2025, for temperature scaling).
+    """
+    logits, labels = metrics.check(logits, labels)
+    return metrics.nll(logits / temperature_by_nll(logits, labels), labels)
+
+
+def after_scaling(val: tuple, test: tuple) -> dict[str, float]:
+    """What history.csv keeps of temperature scaling after an epoch; val, test: logits (N, K) and labels (N,).
+
+    val_temperature (of lowest validation NLL), test NLL and ECE at it, and the refinement of either split.
+    """
+    val, test = metrics.check(*val), metrics.check(*test)
+    temperature = temperature_by_nll(*val)
+    scaled = test[0] / temperature
+    return {
+        "val_refinement": metrics.nll(val[0] / temperature, val[1]),
+        "test_refinement": refinement(*test),
+        "val_temperature": temperature,
+        "test_nll_scaled": metrics.nll(scaled, test[1]),
+        "test_ece_scaled": metrics.ece(scaled, test[1]),
+    }
+
+
 def measure(splits: dict, chosen: dict[str, float]) -> list[dict]:
-    """Every metric of every split under every temperature, as tidy rows (split, scaling, metric, value).
+    """Every metric and the mean confidence of every split and temperature: tidy rows (split, scaling, metric, value).
 
     splits: name -> (logits, labels); chosen: scaling -> temperature.
     """
@@ -115,8 +141,8 @@ def measure(splits: dict, chosen: dict[str, float]) -> list[dict]:
     for split, (logits, labels) in splits.items():
         for scaling, temperature in chosen.items():
             scaled = logits / temperature
-            shared = metrics.calibration_errors(scaled, labels)
-            for name, metric in metrics.METRICS.items():
-                value = shared[name] if name in shared else metric(scaled, labels)
-                rows.append({"split": split, "scaling": scaling, "metric": name, "value": value})
+            values = metrics.calibration_errors(scaled, labels)
+            values |= {name: metrics.METRICS[name](scaled, labels) for name in metrics.METRICS if name not in values}
+            for name in (*metrics.METRICS, "confidence"):
+                rows.append({"split": split, "scaling": scaling, "metric": name, "value": values[name]})
     return rows

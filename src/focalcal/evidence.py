@@ -53,22 +53,13 @@ def resampled_metrics(logits, labels, counts: np.ndarray, names=tuple(metrics.ME
 
 def _equal_mass(confidence, residual, counts, bins: int) -> np.ndarray:
     """Adaptive ECE on every resample."""
-    order, n, size, rows = np.argsort(confidence, kind="stable"), len(confidence), 64, np.arange(len(counts))
-    blocks = -(-n // size)  # of sorted samples: sums over whole blocks first, single samples only where a bin ends
-    drawn, sorted_residual = np.zeros((blocks * size, len(counts)), np.float32), np.zeros(blocks * size, np.float32)
-    drawn[:n], sorted_residual[:n] = counts.T[order], residual[order]
-    drawn, sorted_residual = drawn.reshape(blocks, size, -1), sorted_residual.reshape(blocks, size)
-    sums = np.zeros((blocks + 1, 2, len(counts)))
-    weights = np.stack([np.ones_like(sorted_residual), sorted_residual], axis=1)
-    np.cumsum(weights @ drawn, axis=0, dtype=np.float64, out=sums[1:])
-    ends = np.zeros((bins + 1, len(counts)))
-    for b in range(1, bins + 1):
-        wanted = n * b / bins - 0.5
-        block = (sums[1:-1, 0] < wanted).sum(axis=0)
-        inside = drawn[block, :, rows]
-        before = sums[block, 0, rows][:, None] + np.cumsum(inside, axis=1) - inside
-        ends[b] = sums[block, 1, rows] + (inside * sorted_residual[block] * (before < wanted)).sum(axis=1)
-    return np.abs(np.diff(ends, axis=0)).sum(axis=0) / n
+    order, n = np.argsort(confidence, kind="stable"), len(confidence)
+    residual, wanted, errors = residual[order], n * np.arange(1, bins) / bins - 0.5, np.zeros(len(counts))
+    for row, drawn in enumerate(np.ascontiguousarray(counts[:, order])):
+        ends = np.searchsorted(np.cumsum(drawn, dtype=np.float64) - drawn, wanted)
+        sums = np.concatenate([[0.0], np.cumsum(drawn * residual, dtype=np.float64)])
+        errors[row] = np.abs(np.diff(sums[[0, *ends, n]])).sum() / n
+    return errors
 
 
 def _classwise(probs, labels, counts, bins: int) -> np.ndarray:
@@ -200,8 +191,7 @@ def brier_split(logits, labels) -> dict[str, float]:
 def nll_split(logits, labels) -> dict[str, float]:
     """NLL as refinement, what is left at the temperature that is best for these very samples, and calibration."""
     logits, labels = metrics.check(logits, labels)
-    whole = metrics.nll(logits, labels)
-    refinement = metrics.nll(logits / calibrate.temperature_by_nll(logits, labels), labels)
+    whole, refinement = metrics.nll(logits, labels), calibrate.refinement(logits, labels)
     return {"nll": whole, "calibration": whole - refinement, "refinement": refinement}
 
 

@@ -5,8 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focalcal.settings import Training
-
 SEVERITIES = (0.04, 0.06, 0.08, 0.09, 0.10)  # standard deviations of CIFAR-10-C's Gaussian noise
 
 
@@ -32,7 +30,11 @@ class Split:
 
 
 def splits(prepared, on: torch.device) -> dict[str, Split]:
-    """train, val and test of a prepared .npz (see data.prepare) on a device."""
+    """train, val and test on a device, from arrays named as in a prepared .npz.
+
+    prepared: {split}_images, uint8 (N, H, W, C), and {split}_labels, int64 (N,); mean and std (C,) of pixels in
+    [0, 1]; test_mean and test_std where the test set has its own.
+    """
     found = {}
     for name in ("train", "val", "test"):
         statistics = (prepared["test_mean"], prepared["test_std"]) if name == "test" and "test_mean" in prepared else ()
@@ -79,10 +81,10 @@ class Batches:
     draws the next batch every time it is replayed.
     """
 
-    def __init__(self, split: Split, settings: Training):
+    def __init__(self, split: Split, batch_size: int, augment: bool):
         n, on = len(split), split.labels.device
-        self.split, self.augment = split, settings.augment
-        self.sizes = [len(chunk) for chunk in torch.empty(n, device="meta").split(settings.batch_size)]
+        self.split, self.augment = split, augment
+        self.sizes = [min(batch_size, n - first) for first in range(0, n, batch_size)]
         self.order, self.offsets, self.flips = (t.to(on) for t in epoch_randomness(0, 0, n))
         self.first, self.number = (torch.zeros(1, dtype=torch.long, device=on) for _ in range(2))
 

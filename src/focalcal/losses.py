@@ -12,9 +12,12 @@ A new loss is one function here and one line in ``LOSSES``; params.yaml then nam
 import inspect
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from focalcal import metrics
 
 
 def _log_p(logits: Tensor, labels: Tensor) -> Tensor:
@@ -176,43 +179,41 @@ class AdaFocal(nn.Module):
         self.rate, self.gamma_max, self.gamma_min, self.switch = rate, gamma_max, gamma_min, switch
         self.register_buffer("gamma", torch.full((bins,), float(gamma)))
         self.register_buffer("edges", torch.linspace(0, 1, bins + 1))
+        self.register_buffer("samples", torch.zeros(bins, dtype=torch.long))  # of the epoch, by bin
+
+    def start_epoch(self, epoch: int, epochs: int) -> None:
+        self.samples.zero_()
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         log_p = _log_p(logits, labels)
         bin_of = torch.bucketize(log_p.detach().exp(), self.edges[1:-1], right=True)
+        self.samples.index_add_(0, bin_of, torch.ones_like(bin_of))
         gamma = self.gamma[bin_of]
         base = torch.where(gamma > 0, -torch.expm1(log_p), 1 + log_p.exp())
         return -_power(base, gamma.abs()) * log_p
 
-    @torch.no_grad()
-    def update(self, confidence: Tensor, correct: Tensor) -> None:
-        """One step from the validation set: confidence (N,) in [0, 1] and correct (N,) in {0, 1}.
+    def update(self, confidence: np.ndarray, correct: np.ndarray) -> None:
+        """One step from the validation set: confidence (N,) float32 in [0, 1] and correct (N,) bool.
 
-        Bins hold equal numbers of samples, with edges as in the adaptive ECE; an empty bin (many equal
-        confidences) keeps its gamma. Computed on the CPU, so that every device adds up in the same order.
+        Bins are those of the adaptive ECE; an empty one (many equal confidences) keeps its gamma. Computed on the CPU,
+        so that every device adds up in the same order. Raises ValueError for an empty validation set.
         """
-        confidence, correct = confidence.cpu().double(), correct.cpu().double()
-        bins, n = len(self.gamma), len(confidence)
-        if n < 1:
+        if len(confidence) < 1:
             raise ValueError("AdaFocal.update needs at least one validation sample.")
-        ordered = confidence.sort().values
-        where = torch.linspace(0, n, bins + 1, dtype=torch.float64).clamp_max(n - 1)
-        low = where.floor().long()
-        step = ordered[(low + 1).clamp_max(n - 1)] - ordered[low]
-        edges = (ordered[low] + (where - low) * step).float()
-        bin_of = torch.bucketize(confidence.float(), edges[1:-1])
-        gap = torch.bincount(bin_of, confidence - correct, bins) / torch.bincount(bin_of, minlength=bins).clamp_min(1)
-        old = self.gamma.cpu().double()
-        new = old * torch.exp(self.rate * gap * torch.where(old > 0, 1.0, -1.0))
-        flipped = torch.where(new > 0, -self.switch, self.switch)
-        new = torch.where(new.abs() < self.switch, flipped, new)
-        self.gamma.copy_(new.clamp(self.gamma_min, self.gamma_max))
-        self.edges.copy_(edges)
+        edges = metrics.equal_mass_edges(confidence, len(self.gamma))
+        count, confidence_sum, correct_sum = metrics.bin_sums(confidence, correct, edges)
+        gap = (confidence_sum - correct_sum) / np.maximum(count, 1)
+        old = self.gamma.cpu().double().numpy()
+        new = old * np.exp(self.rate * gap * np.where(old > 0, 1.0, -1.0))
+        new = np.where(np.abs(new) < self.switch, np.where(new > 0, -self.switch, self.switch), new)
+        self.gamma.copy_(torch.from_numpy(new.clip(self.gamma_min, self.gamma_max)))
+        self.edges.copy_(torch.from_numpy(edges))
 
     def log(self) -> dict:
-        """gamma and upper edge of every bin, for history.csv."""
-        rows = {f"gamma_bin{i:02d}": g for i, g in enumerate(self.gamma.tolist())}
-        return rows | {f"edge_bin{i:02d}": e for i, e in enumerate(self.edges[1:].tolist())}
+        """For history.csv: gamma and upper edge of every bin after the update, and how many training samples each bin
+        held in the epoch before it, under the edges of then."""
+        moving = {"gamma": self.gamma, "edge": self.edges[1:], "samples": self.samples}
+        return {f"{name}_bin{i:02d}": v for name, values in moving.items() for i, v in enumerate(values.tolist())}
 
 
 LOSSES = {
@@ -220,14 +221,12 @@ LOSSES = {
     "label_smoothing": label_smoothing,
     "brier": brier,
     "mmce": mmce,
-    "focal1": partial(focal, gamma=1.0),
-    "focal2": partial(focal, gamma=2.0),
-    "focal3": partial(focal, gamma=3.0),
+    "focal": focal,
     "flsd53": flsd,
     "flsc531": ScheduledFocal,
     "adafocal": AdaFocal,
-    "dual_focal": partial(dual_focal, gamma=5.0),
-    "inverse_focal": partial(inverse_focal, gamma=2.0),
+    "dual_focal": dual_focal,
+    "inverse_focal": inverse_focal,
 }
 
 
@@ -235,8 +234,8 @@ def make(name: str, function: str | None = None, **settings):
     """The loss called ``name`` with some settings changed: a callable (logits, labels) -> (N,).
 
     function: the name in LOSSES, if another one; so one function can be listed under several names, such as
-    ``focal7: {function: focal3, gamma: 7}``. Raises ValueError for an unknown name or setting; a bad value is
-    refused by the loss itself.
+    ``focal7: {function: focal, gamma: 7}``. Raises ValueError for an unknown name or setting, or one that is missing;
+    a bad value is refused by the loss itself.
     """
     name = name if function is None else function
     if name not in LOSSES:
@@ -251,6 +250,8 @@ def make(name: str, function: str | None = None, **settings):
         if many != isinstance(value, list | tuple) or not all(type(v) in (int, float) for v in values):
             kind = "a list of numbers" if many else "a number"
             raise ValueError(f"Setting '{setting}' of loss '{name}' must be {kind}, got {value!r}.")
+    if missing := [s for s, default in allowed.items() if default is inspect.Parameter.empty and s not in settings]:
+        raise ValueError(f"Loss '{name}' needs the setting '{missing[0]}'.")
     loss = LOSSES[name](**settings) if isinstance(LOSSES[name], type) else partial(LOSSES[name], **settings)
     if not isinstance(loss, nn.Module):
         loss(torch.zeros(2, 2), torch.zeros(2, dtype=torch.long))  # a bad value shows now, not hours later

@@ -79,8 +79,9 @@ def equal_mass_edges(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
 def bin_sums(confidence, correct, edges) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per bin: number of samples, sum of confidences, number correct; each (bins,) float64.
 
-    The one binning of this package. Values at or below the first edge go to the first bin, values above the
-    last edge to the last. (The published adaptive ECE drops its least confident sample; here it counts.)
+    The one binning of this package, but for ``equal_width_index``, which is faster where there are millions of values.
+    Values at or below the first edge go to the first bin, values above the last edge to the last. (The published
+    adaptive ECE drops its least confident sample; here it counts.)
     """
     bins = len(edges) - 1
     index = np.searchsorted(edges[1:-1], np.asarray(confidence, np.float32), side="left")
@@ -153,24 +154,24 @@ def _classwise(probs: np.ndarray, labels: np.ndarray, bins: int) -> float:
     return float(np.abs(residual[:, :classes]).sum() / len(labels) / classes)
 
 
-def auroc(familiar, strange, score: str = "entropy") -> float:
-    """Chance that a strange sample scores higher than a familiar one, ties counting half (Mukhoti et al. 2020, sec. 5).
+def auroc(in_logits, out_logits, score: str = "entropy") -> float:
+    """Chance that a sample from elsewhere scores higher than one of the test set, ties counting half.
 
-    familiar, strange: logits (N, K) and (M, K); score: entropy of the softmax, or 'confidence' (its largest value,
-    less of it being stranger).
+    As in Mukhoti et al. 2020, sec. 5. in_logits (N, K): of the distribution trained on; out_logits (M, K): of another;
+    score: entropy of the softmax, or 'confidence' (its largest value, less of it scoring higher).
     """
     from sklearn.metrics import roc_auc_score
 
-    def strangeness(logits):
+    def scores(logits):
         log_probs = log_softmax(np.asarray(logits, np.float64))
         return -log_probs.max(axis=1) if score == "confidence" else -(np.exp(log_probs) * log_probs).sum(axis=1)
 
-    label = np.repeat([0, 1], [len(familiar), len(strange)])
-    return float(roc_auc_score(label, np.concatenate([strangeness(familiar), strangeness(strange)])))
+    is_out = np.repeat([0, 1], [len(in_logits), len(out_logits)])
+    return float(roc_auc_score(is_out, np.concatenate([scores(in_logits), scores(out_logits)])))
 
 
 def calibration_errors(logits, labels, bins: int = BINS) -> dict[str, float]:
-    """ECE, adaptive ECE, classwise ECE and MCE, named as in METRICS, from one softmax."""
+    """ECE, adaptive ECE, classwise ECE and MCE, named as in METRICS, and the mean confidence, from one softmax."""
     logits, labels = _checked(logits, labels)
     confidence, predicted, relative = _softmax(logits)
     correct, edges = predicted == labels, equal_width_edges(bins)
@@ -181,6 +182,7 @@ def calibration_errors(logits, labels, bins: int = BINS) -> dict[str, float]:
         "adaece": calibration_error(confidence, correct, equal_mass_edges(confidence, bins)),
         "classwise_ece": _classwise(relative * confidence[:, None], labels, bins),
         "mce": float((gaps / np.maximum(count, 1)).max()),
+        "confidence": float(confident.sum() / count.sum()),
     }
 
 
@@ -196,13 +198,15 @@ METRICS = {  # the order of the results table
 
 
 SUMMARY = ("nll", "nll_correct", "nll_incorrect", "entropy_correct", "entropy_incorrect", "error", "ece", "adaece")
+SUMMARY += ("confidence",)
 
 
 def summary(logits, labels) -> dict[str, float]:
     """What history.csv keeps of a split, by the names of SUMMARY.
 
     The NLL, its parts from correctly and wrongly classified samples (each divided by all N, so that they add up),
-    the mean softmax entropy in nats of either group (NaN where a group is empty), error, ECE and adaptive ECE.
+    the mean softmax entropy in nats of either group (NaN where a group is empty), error, ECE, adaptive ECE and the
+    mean confidence.
     """
     confidence, correct = confidence_correct(logits, labels)
     logits, labels = check(logits, labels)
@@ -219,5 +223,6 @@ def summary(logits, labels) -> dict[str, float]:
         1 - correct.mean(),
         calibration_error(confidence, correct, equal_width_edges()),
         calibration_error(confidence, correct, equal_mass_edges(confidence)),
+        confidence.mean(dtype=np.float64),
     )
-    return dict(zip(SUMMARY, values, strict=True))
+    return dict(zip(SUMMARY, map(float, values), strict=True))

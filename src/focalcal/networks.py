@@ -6,6 +6,7 @@ Sources: [M] the code published with Mukhoti et al., NeurIPS 2020; [H] He et al.
 Komodakis, BMVC 2016; [D] Huang et al., CVPR 2017.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -153,3 +154,25 @@ def make(name: str, num_classes: int, in_channels: int, seed: int) -> nn.Module:
 def head(model: nn.Module) -> nn.Linear:
     """The classifier: the last linear layer."""
     return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+
+
+def head_gradient_norms(model: nn.Module, split, loss, batch_size: int) -> np.ndarray:
+    """Norm of each sample's loss gradient with respect to the head's weight matrix, (N,) float32.
+
+    split: a feed.Split; loss: (logits, labels) -> (n,). That gradient is the outer product of d loss / d logits and
+    the features, so its norm is the product of theirs; the model is in evaluation mode. batch_size matters for losses
+    that couple the samples of a batch.
+    """
+    model.eval()
+    features, norms = [], []
+    hook = head(model).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    try:
+        for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True):
+            with torch.no_grad():
+                logits = model(split.normalise(images)).float()
+            logits.requires_grad_()
+            (slope,) = torch.autograd.grad(loss(logits, labels).sum(), logits)
+            norms.append(slope.norm(dim=1) * features.pop().float().norm(dim=1))
+    finally:
+        hook.remove()
+    return torch.cat(norms).detach().cpu().numpy()

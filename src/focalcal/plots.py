@@ -4,16 +4,12 @@ One look per loss everywhere: ``STYLE`` gives label, colour (safe for the common
 and told apart by dashes too) and line style.
 """
 
-from pathlib import Path
-
 import matplotlib
 import matplotlib.colors
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
-
-from focalcal import paths
 
 STYLE = {
     "cross_entropy": ("Cross-entropy", "#000000", "-"),
@@ -103,22 +99,6 @@ def legend_right(figure, ax) -> None:
     figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=2.6)
 
 
-def divergence(ax, rows, split: str, milestones=()) -> None:
-    """NLL and its correct and incorrect parts, and both softmax entropies, of one run's history rows."""
-    kinds = {
-        "nll": ("NLL", "#000000", "-"),
-        "nll_correct": ("NLL, correct", "#4D9221", "-"),
-        "nll_incorrect": ("NLL, incorrect", "#C51B7D", "-"),
-        "entropy_correct": ("Entropy, correct", "#4D9221", ":"),
-        "entropy_incorrect": ("Entropy, incorrect", "#C51B7D", ":"),
-    }
-    rows = rows[rows[f"{split}_nll"].notna()]  # the training set may be evaluated every few epochs only
-    for key, (name, color, dashes) in kinds.items():
-        ax.plot(rows.epoch, rows[f"{split}_{key}"], label=name, color=color, linestyle=dashes, linewidth=1.6)
-    decays(ax, milestones)
-    ax.set(xlabel="Epoch", ylabel="NLL and entropy (nats)", title=f"{split} set")
-
-
 def reliability(ax, count, confidence, correct, color: str, title: str = "") -> None:
     """Reliability diagram from metrics.bin_sums: accuracy per bin as bars, the gap to confidence hatched.
 
@@ -152,48 +132,6 @@ def panels(count: int, columns: int = 4):
     return figure, axes.flat[:count]
 
 
-def confidence_histogram(ax, confidence, correct, edges, color: str, title: str = "") -> None:
-    """How many samples have which confidence, the wrong ones stacked in grey on the right ones."""
-    parts, colors = (confidence[correct], confidence[~correct]), (color, "#BBBBBB")
-    ax.hist(parts, edges, stacked=True, label=("right", "wrong"), color=colors, edgecolor="white", linewidth=0.5)
-    ax.set(title=title, xlabel="Confidence", xlim=(0, 1))
-    ax.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
-    ax.legend(loc="upper left")
-
-
-def bin_gammas(ax, epochs, gammas) -> None:
-    """AdaFocal's gammas (bins, epochs) as a map: red is focal, blue inverse focal."""
-    largest = max(2, np.abs(gammas).max())
-    drawn = ax.pcolormesh(epochs, np.arange(1, 1 + len(gammas)), gammas, cmap="RdBu_r", vmin=-largest, vmax=largest)
-    ax.figure.colorbar(drawn, ax=ax, label="γ of the bin")
-    ax.set(xlabel="Epoch", ylabel=f"Validation bin ({len(gammas)} = most confident)")
-    ax.grid(visible=False)
-
-
-def sweep(ax, gammas, values, levels) -> None:
-    """A metric over gamma, one line per split (values: split -> array), and other losses' levels as horizontals."""
-    for (split, row), (marker, dashes) in zip(values.items(), (("o", "-"), ("s", "--")), strict=True):
-        ax.plot(gammas, row, marker=marker, linestyle=dashes, color="#555555", label=f"focal, {split}")
-    for loss, level in levels.items():
-        ax.axhline(level, linewidth=1.3, **style(loss))
-    ax.set(xlabel="γ")
-
-
-def sweep_by_size(ax, table, column: str, factor: float = 1.0) -> None:
-    """A metric over gamma: a colour per size of training set, test values drawn through and validation dotted.
-
-    table: rows with columns train (images), split, gamma and the metric's, which is multiplied by ``factor``.
-    """
-    sizes = sorted(table.train.unique())
-    shades = plt.get_cmap("plasma")(np.linspace(0.15, 0.75, len(sizes)))
-    for size, shade in zip(sizes, shades, strict=True):
-        for split, dashes in (("test", "-"), ("val", ":")):
-            row = table[(table.train == size) & (table.split == split)].groupby("gamma")[column].mean()
-            name = f"{size:,} images, {split}"
-            ax.plot(row.index, factor * row, dashes, marker="o", markersize=3, color=shade, label=name)
-    ax.set(xlabel="γ", xticks=sorted(table.gamma.unique()))
-
-
 def paired_bars(ax, names, before, after, colors, ylabel: str) -> None:
     """Two bars per loss, before (light) and after (full colour) temperature scaling."""
     at = np.arange(len(names))
@@ -204,21 +142,6 @@ def paired_bars(ax, names, before, after, colors, ylabel: str) -> None:
     ax.grid(axis="x", visible=False)
     handles = [Patch(facecolor="#555555", alpha=alpha, label=name) for alpha, name in ((0.4, "before"), (1, "after"))]
     ax.legend(handles=handles, ncols=2, loc="upper center")
-
-
-def intervals(ax, rows, shift: float, marker: str, name: str, factor: float = 1.0) -> None:
-    """A row per loss: value and interval of a table with columns loss, value, low and high, times ``factor``.
-
-    name: of all these in the legend; marker: 'o' is drawn full, others empty.
-    """
-    fill = "full" if marker == "o" else "none"
-    for y, row in enumerate(rows.itertuples()):
-        color = style(row.loss)["color"]
-        ax.plot([factor * row.low, factor * row.high], [y + shift] * 2, color=color, linewidth=1.5)
-        ax.plot(factor * row.value, y + shift, marker, color=color, fillstyle=fill)
-    ax.plot([], [], marker, color="#555555", fillstyle=fill, label=name)
-    ax.set_yticks(range(len(rows)), [label(loss) for loss in rows.loss])
-    ax.set_ylim(len(rows) - 0.5, -0.5)
 
 
 def verdict_map(ax, losses, pairs) -> None:
@@ -238,33 +161,3 @@ def verdict_map(ax, losses, pairs) -> None:
     ax.set_xticks(range(len(losses)), names, rotation=90)
     ax.set_yticks(range(len(losses)), names)
     ax.grid(visible=False)
-
-
-def gradient_norms(axes, norms, epochs) -> None:
-    """A panel per epoch: which share of the samples has a smaller gradient norm, a line per loss.
-
-    norms: loss -> (len(epochs), N). The height at which a line leaves the left edge is the share below 1e-8.
-    """
-    share = np.linspace(0, 1, 501)
-    for ax, row, epoch in zip(axes, range(len(epochs)), epochs, strict=True):
-        for loss, values in norms.items():
-            ax.plot(np.quantile(np.maximum(values[row], 1e-8), share), share, linewidth=1.5, **style(loss))
-        ax.set(xscale="log", xticks=(1e-8, 1e-4, 1), ylim=(0, 1.02), xlabel="Gradient norm", title=f"Epoch {epoch}")
-    axes[0].set(ylabel="Share of training samples")
-    axes[0].legend()
-
-
-def save(figure, folder: Path, name: str) -> None:
-    """Write <name>.png and <name>.svg into the folder, free of dates: equal figures give equal bytes."""
-    with matplotlib.rc_context({"svg.hashsalt": "focalcal"}):
-        for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-            with paths.atomic(folder / f"{name}.{ending}") as part:
-                figure.savefig(part, format=ending, metadata=metadata, bbox_inches="tight")
-    if not matplotlib.is_interactive():
-        plt.close(figure)
-
-
-def save_table(table, folder: Path, name: str, **options) -> None:
-    """Write <name>.csv into the folder; options go to DataFrame.to_csv."""
-    with paths.atomic(folder / f"{name}.csv") as part:
-        table.to_csv(part, lineterminator="\n", **options)

@@ -1,12 +1,8 @@
 """Finished runs from any machine, packed into one file, and published in this repository's DVC store.
 
-    python -m focalcal.publish pack STUDY           on the machine that trained: writes STUDY.tar
-    python -m focalcal.publish add FILE.tar ...     here: into published/STUDY, pinned by published/STUDY.dvc
-
 A published study needs its block in params.yaml and its name under active.published; `dvc repro` then analyses it.
 """
 
-import argparse
 import re
 import shutil
 import subprocess
@@ -18,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from focalcal import calibrate, metrics, paths, settings
+from compendium import paths, settings
+from focalcal import calibrate, metrics
 
 RUN_FILES = ("history.csv", "logits.npz", "gradients.npz")  # and shifted.npz, where chapter 9 is wanted
 TOLERANCE = 1e-4  # by which half-precision logits may change a metric
@@ -27,19 +24,20 @@ MEMBER = re.compile(
 )
 
 
-def pack(study: str, out: Path, weights: bool = False, shifted: bool = True) -> int:
-    """Write a study's finished runs to ``out``: histories, predictions, gradients, provenance, and params.yaml.
+def pack(study: str, out: Path | None = None, weights: bool = False, shifted: bool = True) -> None:
+    """Write a study's finished runs to ``out`` (STUDY.tar): histories, predictions, gradients, provenance, params.yaml.
 
-    weights: also the networks; shifted: also the predictions for images from elsewhere, the largest part. Returns
-    how many runs there are; those that lack a file are named and left out. Raises FileNotFoundError if there is none.
+    weights: also the networks; shifted: also the predictions for images from elsewhere, the largest part. Runs that
+    lack a file are named and left out. Raises FileNotFoundError if there is none.
     """
-    folder, found = paths.study(study), 0
+    out, folder, found = out or Path(f"{study}.tar"), paths.study(study), 0
     with paths.atomic(out) as part, tarfile.open(part, "w") as archive:
         for run in sorted(folder.glob("runs/*/*")):
             loss, seed = run.parent.name, run.name
             beside = [folder / "provenance" / f"{loss}-{seed}.json"]
             beside += [folder / "models" / f"{loss}-{seed}.safetensors"] if weights else []
-            wanted = [*(run / name for name in (*RUN_FILES, *["shifted.npz"] * shifted)), *beside]
+            files = (*RUN_FILES, "shifted.npz") if shifted else RUN_FILES
+            wanted = [*(run / name for name in files), *beside]
             missing = [path.name for path in wanted if not path.is_file()]
             if missing:
                 print(f"{loss}, seed {seed} is left out: {', '.join(missing)} missing.")
@@ -50,10 +48,10 @@ def pack(study: str, out: Path, weights: bool = False, shifted: bool = True) -> 
         if not found:
             raise FileNotFoundError(f"No finished run in {folder / 'runs'}; train first.")
         archive.add(paths.root() / "params.yaml", f"{study}/params.yaml")
-    return found
+    print(f"{found} runs in {out} ({out.stat().st_size / 1e6:.1f} MB).")
 
 
-def halved(path: Path) -> bool:
+def halve_precision(path: Path) -> bool:
     """Rewrite a run's logits in half precision, each row's largest as 0, if no metric changes by more than TOLERANCE.
 
     Compared are all metrics of both splits, as trained and under either temperature. Returns whether it was done.
@@ -66,8 +64,7 @@ def halved(path: Path) -> bool:
     before, after = (calibrate.measure({s: metrics.check(*p) for s, p in d.items()}, chosen) for d in (splits, half))
     if max(abs(a["value"] - b["value"]) for a, b in zip(before, after, strict=True)) > TOLERANCE:
         return False
-    arrays = {f"{split}_logits": pair[0] for split, pair in half.items()}
-    paths.write_npz(path, **arrays, **{f"{split}_labels": pair[1] for split, pair in half.items()})
+    paths.write_npz(path, **file | {f"{split}_logits": pair[0] for split, pair in half.items()})
     return True
 
 
@@ -95,7 +92,7 @@ def add(archive: Path) -> Path:
                 names = packed.getnames()
                 bad = [name for name in names if not MEMBER.fullmatch(name)]
                 if bad or not names:
-                    raise ValueError(f"{archive} is not what `focalcal.publish pack` writes: {bad[:1] or 'empty'}.")
+                    raise ValueError(f"{archive} is not what `compendium publish pack` writes: {bad[:1] or 'empty'}.")
                 packed.extractall(scratch, filter="data")
         except tarfile.TarError as problem:
             raise ValueError(f"{archive} is damaged or no tar file ({problem}).") from problem
@@ -112,40 +109,18 @@ def add(archive: Path) -> Path:
             if there.is_dir() and (there / "history.csv").read_bytes() != (run / "history.csv").read_bytes():
                 raise ValueError(f"{there} is published already, with other results; delete it first to replace it.")
         for run in found:
-            half = halved(run / "logits.npz")
+            half = halve_precision(run / "logits.npz")
             print(f"{study}, {run.parent.name}, seed {run.name}: logits in {'half' if half else 'single'} precision")
         shutil.copytree(source, target, dirs_exist_ok=True)
         return target
 
 
-def main(arguments=None) -> None:
-    """Command line; see the module's text."""
-    parser = argparse.ArgumentParser(prog="python -m focalcal.publish", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    packing = commands.add_parser("pack", help="write STUDY.tar")
-    packing.add_argument("study")
-    packing.add_argument("--out", type=Path, help="instead of STUDY.tar")
-    packing.add_argument("--weights", action="store_true", help="with the networks' weights")
-    packing.add_argument("--without-shifted", action="store_true", help="without what only chapter 9 reads; smaller")
-    adding = commands.add_parser("add", help="publish packed runs")
-    adding.add_argument("file", nargs="+", type=Path)
-    given = parser.parse_args(arguments)
-    try:
-        if given.command == "pack":
-            out = given.out or Path(f"{given.study}.tar")
-            count = pack(given.study, out, given.weights, not given.without_shifted)
-            print(f"{count} runs in {out} ({out.stat().st_size / 1e6:.1f} MB).")
-            return
-        for folder in dict.fromkeys([add(file) for file in given.file]):
-            for verb, where in (("add", folder), ("push", f"{folder}.dvc")):
-                if subprocess.run([sys.executable, "-m", "dvc", verb, "-q", where], cwd=paths.root()).returncode:
-                    raise RuntimeError(f"`dvc {verb} {where}` failed; put it right and run it again.")
-            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
-            print(f"Published {folder} ({size:.1f} MB). Name the study under active.published in params.yaml,")
-            print(f"run `dvc repro`, and commit published/{folder.name}.dvc and .store.")
-    except (ValueError, RuntimeError, OSError) as problem:
-        sys.exit(f"focalcal: {problem}")
-
-
-if __name__ == "__main__":
-    main()
+def publish(archives: list[Path]) -> None:
+    """Add packed runs, pin them with DVC and push them to the store."""
+    for folder in dict.fromkeys([add(archive) for archive in archives]):
+        for verb, where in (("add", folder), ("push", f"{folder}.dvc")):
+            if subprocess.run([sys.executable, "-m", "dvc", verb, "-q", where], cwd=paths.root()).returncode:
+                raise RuntimeError(f"`dvc {verb} {where}` failed; put it right and run it again.")
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+        print(f"Published {folder} ({size:.1f} MB). Name the study under active.published in params.yaml,")
+        print(f"run `dvc repro`, and commit published/{folder.name}.dvc and .store.")

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from focalcal import paths
+from compendium import paths
+from focalcal.train import Run
 
 KEPT = 2  # the newest one, and one to fall back on
 
@@ -41,6 +43,33 @@ def claim(study: str, loss: str, seed: int, key: str):
             f"Another process is training {study}, {loss}, seed {seed}; wait for it or stop it (its lock is "
             f"{folder.name}.lock in {folder.parent})."
         ) from None
+
+
+def resume(runs: list[Run], folders: list[Path]) -> None:
+    """Restore all runs to the newest epoch of which every one has an undamaged checkpoint, if there is one."""
+    found = [epochs(folder) for folder in folders]
+    for epoch in sorted(set.intersection(*map(set, found)), reverse=True):
+        saved = [read(there[epoch]) for there in found]
+        if all(saved):
+            for run, (state, history) in zip(runs, saved, strict=True):
+                run.restore(state, history)
+            return
+
+
+def keep(rows, runs: list[Run], folders: list[Path]):
+    """Pass the rows of train_together on, saving every run after each epoch while the next one is computed."""
+    written = []
+    with ThreadPoolExecutor(1) as writer:
+        for row in rows:
+            for result in written:
+                result.result()  # raises what went wrong while writing
+            written = [
+                writer.submit(write, folder, len(run.history), run.state(), list(run.history))
+                for run, folder in zip(runs, folders, strict=True)
+            ]
+            yield row
+        for result in written:
+            result.result()
 
 
 def write(folder: Path, epoch: int, tensors: dict[str, Tensor], history: list[dict]) -> None:

@@ -85,7 +85,8 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         with np.load(existing(path)) as file:
             return {name: file[name] for name in file.files}
     except (zipfile.BadZipFile, ValueError, EOFError) as problem:
-        advice = f"delete it and run `dvc checkout {path}` or `dvc repro`"
+        ours = Path(path).resolve().is_relative_to(root() / "artifacts")
+        advice = "delete it and run `dvc checkout` or `dvc repro`" if ours else "make or copy it anew"
         raise ValueError(f"{path} is truncated or damaged ({problem}); {advice}.") from problem
 
 
@@ -96,3 +97,22 @@ def write_npz(path: Path, **arrays) -> None:
             content = io.BytesIO()
             np.lib.format.write_array(content, np.asanyarray(array), allow_pickle=False)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getbuffer())
+
+
+def save_figure(figure, folder: Path, name: str) -> None:
+    """Write <name>.png and <name>.svg into the folder, free of dates: equal figures give equal bytes."""
+    import matplotlib
+    from matplotlib import pyplot
+
+    with matplotlib.rc_context({"svg.hashsalt": "focalcal"}):
+        for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+            with atomic(folder / f"{name}.{ending}") as part:
+                figure.savefig(part, format=ending, metadata=metadata, bbox_inches="tight")
+    if not matplotlib.is_interactive():
+        pyplot.close(figure)
+
+
+def save_table(table, folder: Path, name: str, **options) -> None:
+    """Write a pandas table to <name>.csv in the folder; options go to DataFrame.to_csv."""
+    with atomic(folder / f"{name}.csv") as part:
+        table.to_csv(part, lineterminator="\n", **options)

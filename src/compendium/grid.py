@@ -1,23 +1,17 @@
 """Many stages at once: on the cores and GPUs of this machine, or as an array job on a Slurm cluster.
 
-    python -m focalcal.grid run [--executor local|slurm] [--jobs N] [--cluster FILE] [GLOB...]
-    python -m focalcal.grid status [--wait] [GRID]
-    python -m focalcal.grid cancel [GRID]
-
 A grid is all stages of dvc.yaml whose names match a GLOB (by default train@*) and that are not up to date; none may
 depend on another. What they depend on runs first, here. Each is then one `dvc repro --single-item STAGE`: in this
 folder, or on Slurm in a clone of the commit that shares this folder's DVC cache. submitit starts the tasks and keeps
 their logs; results are in DVC's cache, and trainings go on from their checkpoints.
 """
 
-import argparse
 import dataclasses
 import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from contextlib import suppress
@@ -34,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from submitit.core.utils import FailedJobError, JobPaths, pickle_load
 from tabulate import tabulate
 
-from focalcal import paths, settings, stages, tasks
+from compendium import paths, settings, stages, tasks
 
 SILENT = "Slurm does not answer"
 WAITING = {"PENDING", "REQUEUED", "CONFIGURING", "SUSPENDED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
@@ -68,9 +62,9 @@ class Cluster(BaseModel):
             raise ValueError("input needs gpus, how many of them, beside it")
         return gpu_type
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """What a task gets, for people."""
-        gpus = f"{self.gpus} GPU{'s' * (self.gpus > 1)}{f' ({self.gpu_type})' if self.gpu_type else ''}"
+        gpus = f"{self.gpus} GPUs{f' ({self.gpu_type})' if self.gpu_type else ''}"
         where = f"partition {self.partition}" if self.partition else "the default partition"
         return f"{where}, {self.cpus} CPUs, {gpus if self.gpus else 'no GPU'}, {self.memory} GB, {self.time} minutes"
 
@@ -86,7 +80,7 @@ def cluster(path: Path | None = None) -> Cluster:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must consist of 'name: value' settings, such as 'partition: gpu'.")
     values = {str(name): value for name, value in values.items()}
-    return settings._build(Cluster, values, dict.fromkeys(values, str(path)))
+    return settings.build(Cluster, values, dict.fromkeys(values, str(path)))
 
 
 @dataclasses.dataclass
@@ -120,26 +114,26 @@ class Grid:
             self.folder.chmod(self.folder.stat().st_mode)  # a network disk then looks again for new files
         for stage, job in self.stages.items():
             if stage in self.finished or job is None:
-                unstarted = "waiting" if _runs(self.pid, "focalcal.grid") else "not started"
-                found[stage] = self.finished.get(stage, {"state": unstarted, "said": "", "log": None})
+                unstarted = "waiting" if process_runs(self.pid, "compendium grid") else "not started"
+                found[stage] = self.finished.get(stage, {"state": unstarted, "note": "", "log": None})
                 continue
-            files, (state, said) = JobPaths(self.logs(stage), job, 0), states.get(job, ("", ""))
-            row = {"state": "waiting" if state in WAITING else "running", "said": said, "log": files.stdout}
+            files, (state, note) = JobPaths(self.logs(stage), job, 0), states.get(job, ("", ""))
+            row = {"state": "waiting" if state in WAITING else "running", "note": note, "log": files.stdout}
             outcome, result = pickle_load(files.result_pickle) if files.result_pickle.exists() else (None, None)
             if outcome == "success":
-                row |= {"state": "done", "said": result["how"], "result": result}
+                row |= {"state": "done", "note": result["how"], "result": result}
                 self.finished[stage] = row
             elif state in ENDED or not state:  # an error may also be that of an earlier start
                 row |= {"state": "failed" if outcome else state.lower() or "stopped"}
-                row |= {"said": reason(row["log"], result) if outcome else ""}
+                row |= {"note": reason(row["log"], result) if outcome else ""}
                 if outcome and state not in ("", "FAILED", "COMPLETED"):
-                    row["said"] += f" (Slurm: {state})"  # such as OUT_OF_MEMORY
+                    row["note"] += f" (Slurm: {state})"  # such as OUT_OF_MEMORY
             found[stage] = row
         return found
 
     def _local_states(self) -> dict[str, tuple[str, str]]:
         started = {stage: job for stage, job in self.stages.items() if job and stage not in self.finished}
-        return {job: ("RUNNING", "") for stage, job in started.items() if _runs(int(job), str(self.logs(stage)))}
+        return {job: ("RUNNING", "") for stage, job in started.items() if process_runs(int(job), str(self.logs(stage)))}
 
     def _slurm_states(self) -> dict[str, tuple[str, str]]:
         """Slurm's word for each task, and why it waits; Slurm forgets them minutes after their end."""
@@ -156,7 +150,7 @@ class Grid:
         return found
 
 
-def _runs(pid: int, argument: str) -> bool:
+def process_runs(pid: int, argument: str) -> bool:
     """Whether a process of this number runs and has ``argument`` among, or in, its own."""
     try:
         process = psutil.Process(pid)
@@ -168,15 +162,17 @@ def _runs(pid: int, argument: str) -> bool:
 def reason(log: Path, error: str) -> str:
     """Why a task failed: the last sentence for people in its log, or the end of the error that submitit kept."""
     text = log.read_text(errors="replace").replace("\r", "\n") if log.exists() else ""
-    said = [line for start in ("focalcal: ", "ERROR: ") for line in text.splitlines()[::-1] if line.startswith(start)]
-    return (said or error.strip().splitlines()[-1:])[0]
+    messages = [
+        line for start in ("focalcal: ", "ERROR: ") for line in text.splitlines()[::-1] if line.startswith(start)
+    ]
+    return (messages or error.strip().splitlines()[-1:])[0]
 
 
 def follow(grid: Grid, step=lambda: None, every: float = 10.0) -> dict[str, dict]:
     """Print progress until nothing waits or runs; the rows then. step: called before each look."""
-    said, begun, looks, enough = None, time.time(), 0, 1
+    printed, begun, looks, enough = None, time.time(), 0, 1
     while looks < enough:
-        time.sleep(every if said else 0)
+        time.sleep(every if printed else 0)
         step()
         rows = grid.rows()
         count = Counter(row["state"] for row in rows.values())
@@ -186,18 +182,18 @@ def follow(grid: Grid, step=lambda: None, every: float = 10.0) -> dict[str, dict
             enough = 7 if count["completed"] else 2
         line = f"{done} of {len(rows)} done, {running} running, {waiting} waiting"
         line += f", {bad} failed" if (bad := len(rows) - done - running - waiting) else ""
-        whys = Counter(row["said"] for row in rows.values() if row["state"] == "waiting" and row["said"])
+        whys = Counter(row["note"] for row in rows.values() if row["state"] == "waiting" and row["note"])
         if waiting and not running and whys:
             line += f" ({whys.most_common(1)[0][0]})"
-        if line != said:
-            said = line
-            print(f"{duration(time.time() - begun)}  {line}{left(rows, running, waiting)}", flush=True)
+        if line != printed:
+            printed = line
+            print(f"{duration(time.time() - begun)}  {line}{time_left(rows, running, waiting)}", flush=True)
     return rows
 
 
-def left(rows: dict[str, dict], running: int, waiting: int) -> str:
+def time_left(rows: dict[str, dict], running: int, waiting: int) -> str:
     """How long the rest will take, if some stages have been computed and some are at work."""
-    seconds = [row["result"]["seconds"] for row in rows.values() if row["said"] == "computed"]
+    seconds = [row["result"]["seconds"] for row in rows.values() if row["note"] == "computed"]
     if not (seconds and running):
         return ""
     return f", about {duration(sum(seconds) / len(seconds) * (running / 2 + waiting) / running)} left"
@@ -218,7 +214,7 @@ def run_local(grid: Grid, slots: int | None) -> dict[str, dict]:
     slots = slots or len(gpus) or (cores if on.type == "cpu" else 1)
     threads = max(1, cores // slots)  # the same however many stages are left: results depend on it
     slots = min(slots, len(grid.stages))
-    have = f"{len(gpus)} GPUs" if gpus else f"{threads} CPU thread{'s' * (threads > 1)} each"
+    have = f"{len(gpus)} GPUs" if gpus else f"CPU threads: {threads} each"
     print(f"{len(grid.stages)} stages, {slots} at a time, {have}; logs in {grid.folder}")
     waiting, running = list(grid.stages), {}
 
@@ -275,11 +271,14 @@ def submit_slurm(grid: Grid, needs: dict[str, tuple[str, ...]], wanted: Cluster,
     lock = shutil.copy(paths.root() / "dvc.lock", grid.folder)
     variables = {"OMP_NUM_THREADS": str(wanted.cpus), "FOCALCAL_SCRATCH": str(paths.scratch().resolve())}
     variables["FOCALCAL_DEVICE"] = "cuda" if wanted.gpus else "cpu"
-    away = {"commit": grid.commit, "lock": lock, "cache": cache, "folder": wanted.folder}
-    task, names, refused = tasks.Task(paths.root(), variables, away), list(grid.stages), ""
+    clone = {"commit": grid.commit, "lock": lock, "cache": cache, "folder": wanted.folder}
+    task, names, refused = tasks.Task(paths.root(), variables, clone), list(grid.stages), ""
     cloudpickle.register_pickle_by_value(tasks)  # its code of now, whatever becomes of this folder's
     ours = {name: value for name, value in os.environ.items() if name.startswith(("SLURM_CONF", "SBATCH_"))}
-    with stages.undisturbed(), submitit.helpers.clean_env():  # no job unknown, and no traces of one that we are in
+    with (
+        stages.ignoring_interrupts(),
+        submitit.helpers.clean_env(),
+    ):  # no job unknown, and no traces of one that we are in
         os.environ.update(ours)
         for first in range(0, len(names), wanted.array):
             part = names[first : first + wanted.array]
@@ -295,7 +294,7 @@ def submit_slurm(grid: Grid, needs: dict[str, tuple[str, ...]], wanted: Cluster,
     if not grid.jobs():
         raise RuntimeError(refused)
     submitted = sum(job is not None for job in grid.stages.values())
-    print(f"{submitted} stages submitted as job {', '.join(grid.jobs())} to {wanted.said()}; logs in {grid.folder}")
+    print(f"{submitted} stages submitted as job {', '.join(grid.jobs())} to {wanted.describe()}; logs in {grid.folder}")
     print(refused, end="\n" if refused else "")
 
 
@@ -310,12 +309,12 @@ def summary(rows: dict[str, dict]) -> int:
     for stage, row in (rows if len(rows) <= 50 else bad).items():
         took = duration(row["result"]["seconds"]) if "result" in row else ""
         log = os.path.relpath(row["log"]) if row["log"] else ""
-        table.append([stage, row["state"], row["said"] if row["state"] != "failed" else "", took, log])
+        table.append([stage, row["state"], row["note"] if row["state"] != "failed" else "", took, log])
     if table:
         print(tabulate(table, ["stage", "state", "how", "time", "log"], disable_numparse=True))
     for stage, row in bad.items():
         if row["state"] == "failed":
-            print(f"{stage}: {row['said']}")
+            print(f"{stage}: {row['note']}")
     print(f"{len(rows) - len(bad)} of {len(rows)} stages are done.")
     return 1 if bad else 0
 
@@ -336,19 +335,19 @@ def conclude(grid: Grid, rows: dict[str, dict]) -> int:
 
 def run(globs: list[str], executor: str, slots: int | None, config: Path | None) -> int:
     """Run a grid to its end; the exit status."""
-    away, root = executor == "slurm", paths.root()
-    if config and not away:
+    on_slurm, root = executor == "slurm", paths.root()
+    if config and not on_slurm:
         raise ValueError("--cluster says what to ask Slurm for; it goes with --executor slurm.")
-    wanted = cluster(config) if away else None
-    if away and not (shutil.which("sbatch") and shutil.which("squeue")):
+    wanted = cluster(config) if on_slurm else None
+    if on_slurm and not (shutil.which("sbatch") and shutil.which("squeue")):
         raise RuntimeError("There is no sbatch here; on a machine that can submit jobs, run this again.")
     commit, changed = (
         subprocess.run(["git", *command], cwd=root, capture_output=True, text=True).stdout.strip()
         for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", ".", ":(exclude)dvc.lock"])
     )
-    if away and (changed or not commit):
+    if on_slurm and (changed or not commit):
         raise RuntimeError(f"Tasks on the cluster work on a commit; commit first what is not: {changed[:200]}")
-    needs, before = stages.chosen(globs, away)
+    needs, before = stages.matching(globs, on_slurm)
     done = ended_elsewhere(needs)
     if missing := stages.outdated(before):
         tasks.dvc(root, "--wait-for-lock", "repro", *missing)
@@ -362,7 +361,7 @@ def run(globs: list[str], executor: str, slots: int | None, config: Path | None)
     folder = paths.scratch().resolve() / "grid" / time.strftime("%Y%m%d-%H%M%S")
     grid = Grid(folder, executor, commit, os.getpid(), dict.fromkeys(names))
     grid.save()
-    if not away:
+    if not on_slurm:
         return conclude(grid, run_local(grid, slots))
     return wait(grid, lambda: submit_slurm(grid, needs, wanted, slots))
 
@@ -375,7 +374,7 @@ def ended_elsewhere(names) -> dict[str, dict]:
         if not set(earlier.stages) & set(names):
             continue
         rows = {stage: row for stage, row in earlier.rows().items() if stage in names}
-        if SILENT in {row["said"] for row in rows.values()}:
+        if SILENT in {row["note"] for row in rows.values()}:
             raise RuntimeError(f"{SILENT}, so whether grid {name} still runs them cannot be told here.")
         if {"waiting", "running"} & {row["state"] for row in rows.values()}:
             advice = f"`status --wait {name}` follows and `cancel {name}` stops it"
@@ -395,8 +394,8 @@ def wait(grid: Grid, submit=None) -> int:
         if not grid.jobs():
             raise
         name = grid.folder.name
-        print(f"\nThe grid goes on. Follow it: python -m focalcal.grid status --wait {name}")
-        print(f"Stop it: python -m focalcal.grid cancel {name}")
+        print(f"\nThe grid goes on. Follow it: python -m compendium grid status --wait {name}")
+        print(f"Stop it: python -m compendium grid cancel {name}")
         return 130
     return conclude(grid, rows)
 
@@ -419,7 +418,7 @@ def cancel(grid: Grid) -> None:
     """Stop all that runs or waits; what is done is kept, and the checkpoints."""
     if not {"waiting", "running"} & {row["state"] for row in grid.rows().values()}:
         raise RuntimeError(f"Grid {grid.folder.name} does not run any more.")
-    if grid.executor == "local" and _runs(grid.pid, "focalcal.grid"):
+    if grid.executor == "local" and process_runs(grid.pid, "compendium grid"):
         os.kill(grid.pid, signal.SIGTERM)
     elif grid.executor == "local":  # who started them was killed
         for job in grid._local_states():
@@ -431,25 +430,8 @@ def cancel(grid: Grid) -> None:
     print(f"Grid {grid.folder.name} is being stopped; what is done is kept, and the checkpoints.")
 
 
-def main(arguments=None) -> int:
-    """Command line; see the module's text."""
-    parser = argparse.ArgumentParser(prog="python -m focalcal.grid", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    starts = commands.add_parser("run", help="run all matching stages that are not up to date")
-    starts.add_argument("glob", nargs="*", default=["train@*"], help="names of stages, with * and ? (default: train@*)")
-    starts.add_argument("--executor", choices=("local", "slurm"), default="local")
-    starts.add_argument(
-        "--jobs",
-        type=int,
-        metavar="N",
-        help="how many at a time (default: here one a GPU or CPU thread, on Slurm all that it lets run)",
-    )
-    starts.add_argument("--cluster", type=Path, metavar="FILE", help="what to ask Slurm for (default: slurm.yaml)")
-    status = commands.add_parser("status", help="how far a grid is, and where its logs are")
-    status.add_argument("--wait", action="store_true", help="follow it to its end, and collect its results")
-    for command in (status, commands.add_parser("cancel", help="stop a grid")):
-        command.add_argument("grid", nargs="?", help="its name (default: the newest)")
-    given = parser.parse_args(arguments)
+def call(given) -> int:
+    """Do what `compendium grid` was asked for, given its parsed arguments; the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, signal.default_int_handler)  # however this is stopped, what it runs here is, too
@@ -466,13 +448,8 @@ def main(arguments=None) -> int:
             cancel(grid)
             return 0
         return wait(grid) if given.wait else summary(grid.rows())
-    except (ValueError, RuntimeError, OSError, DvcException) as problem:
-        print(f"focalcal: {problem}", file=sys.stderr)
-        return 1
+    except DvcException as problem:
+        raise RuntimeError(problem) from problem
     except KeyboardInterrupt:
         print("\nStopped; what is done is kept, and the checkpoints. The same command again goes on.")
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

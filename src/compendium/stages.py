@@ -8,30 +8,30 @@ import networkx
 from dvc.repo import Repo
 from dvc.utils.serialize import dumps_yaml, load_yaml
 
-from focalcal import paths
+from compendium import paths
 
 
-def chosen(globs: list[str], away: bool) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+def matching(globs: list[str], in_clones: bool) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     """The stages that match, each with those it reads from; and all stages that they depend on.
 
-    ValueError, in one sentence, if they make no grid; away: also if they cannot run in a clone.
+    ValueError, in one sentence, if they make no grid; in_clones: also if they cannot run in a clone.
     """
     with Repo(str(paths.root())) as repo:
         graph, named = repo.index.graph, _named(repo)
-        matching = {name for glob in globs for name in fnmatch.filter(named, glob) if named[name].cmd}
+        found = {name for glob in globs for name in fnmatch.filter(named, glob) if named[name].cmd}
         for glob in globs:
-            if not fnmatch.filter(matching, glob):
+            if not fnmatch.filter(found, glob):
                 raise ValueError(f"No stage matches '{glob}'; `dvc stage list --all` names them.")
-        above = {name: {s.addressing for s in networkx.descendants(graph, named[name])} for name in matching}
-        for name in sorted(matching):
-            if within := above[name] & matching:
+        above = {name: {s.addressing for s in networkx.descendants(graph, named[name])} for name in found}
+        for name in sorted(found):
+            if within := above[name] & found:
                 raise ValueError(f"{name} depends on {min(within)}, so they cannot run at once: run one grid each.")
-            if away and not all(out.use_cache and not out.persist for out in named[name].outs):
+            if in_clones and not all(out.use_cache and not out.persist for out in named[name].outs):
                 raise ValueError(f"{name} writes files that are not in DVC's cache, so it can run here only.")
-            if away and not all(stage.cmd for stage in graph.successors(named[name])):
+            if in_clones and not all(stage.cmd for stage in graph.successors(named[name])):
                 raise ValueError(f"{name} reads data that only this folder has, so it can run here only.")
         before = [name for name in named if named[name].cmd and any(name in names for names in above.values())]
-        return {n: tuple(s.addressing for s in graph.successors(named[n])) for n in named if n in matching}, before
+        return {n: tuple(s.addressing for s in graph.successors(named[n])) for n in named if n in found}, before
 
 
 def outdated(names: list[str]) -> list[str]:
@@ -56,7 +56,7 @@ def collect(entries: dict[str, dict]) -> tuple[list[str], list[str], list[str]]:
         named = _named(repo)
         entries = {name: entries[name] for name in entries if name in named and named[name].status()}
         before, entered, others = load_yaml(lock), [], []
-        with undisturbed():
+        with ignoring_interrupts():
             try:
                 _write(lock, before | {"stages": before["stages"] | entries})
                 with Repo(str(root)) as anew:  # sees the new entries
@@ -78,7 +78,7 @@ def _write(lock, content: dict) -> None:
 
 
 @contextmanager
-def undisturbed():
+def ignoring_interrupts():
     """Ctrl-C and the like are ignored meanwhile."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(number, signal.SIG_IGN) for number in numbers]

@@ -1,15 +1,11 @@
 """How fast training and metrics are on this machine, beside the loops they replace.
 
-    python -m focalcal.bench [--networks small_resnet resnet20 ...]
-
-writes figures/bench.csv and figures/bench.png. Every comparison is made in one run, one variant after the other, and
+Writes figures/bench.csv and figures/bench.png. Every comparison is made in one run, one variant after the other, and
 the median of several repetitions is kept; absolute numbers hold for the machine and the moment, ratios travel.
 """
 
-import argparse
 import os
 import statistics
-import sys
 import time
 
 import numpy as np
@@ -20,8 +16,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from focalcal import calibrate, feed, losses, metrics, networks, paths, plots, train
-from focalcal.settings import Training
+from compendium import paths, trainings
+from focalcal import calibrate, feed, losses, metrics, networks, plots, train
+from focalcal.train import Training
 
 BATCH = 128
 SHAPES = {"small_resnet": (28, 1)}  # height and width, and channels; the others are for 32x32 in colour
@@ -285,28 +282,17 @@ def draw(table: pd.DataFrame, machine: str) -> None:
         plt.close(figure)
 
 
-def main(arguments=None) -> None:
-    """Command line; see the module's text."""
-    parser = argparse.ArgumentParser(prog="python -m focalcal.bench", description="How fast this machine is.")
-    parser.add_argument("--networks", nargs="+", help=f"among {', '.join(networks.NETWORKS)}")
-    given = parser.parse_args(arguments)
-    try:
-        on = train.device()
-        names = given.networks or (["resnet50", "resnet20"] if on.type == "cuda" else ["small_resnet", "resnet20"])
-        for name in names:
-            networks.make(name, 10, 3, 0)  # a bad name shows now
-        made = train.provenance(0, on)
-        machine = f"{made['device']}, {made['threads']} CPU threads, torch {made['torch']}"
-        rows = training_rows(names, on) + metric_rows()
-        table = pd.DataFrame(rows).round({"value": 3, "ratio": 3}).assign(machine=machine)
-        with paths.atomic(paths.root() / "figures" / "bench.csv") as part:
-            table.to_csv(part, index=False, lineterminator="\n")
-        draw(table, machine)
-        print(f"\n{machine}\n{table.drop(columns='machine').to_string(index=False)}")
-        print("\nfigures/bench.csv, figures/bench.png")
-    except (ValueError, RuntimeError, OSError) as problem:
-        sys.exit(f"focalcal: {problem}")
-
-
-if __name__ == "__main__":
-    main()
+def bench(names: list[str] | None = None) -> None:
+    """Measure these networks (by default two that fit the device) and the metrics; write table and picture."""
+    on = train.device()
+    names = names or (["resnet50", "resnet20"] if on.type == "cuda" else ["small_resnet", "resnet20"])
+    for name in names:
+        networks.make(name, 10, 3, 0)  # a bad name shows now
+    made = trainings.provenance(on)
+    machine = f"{made['device']}, {made['threads']} CPU threads, torch {made['torch']}"
+    rows = training_rows(names, on) + metric_rows()
+    table = pd.DataFrame(rows).round({"value": 3, "ratio": 3}).assign(machine=machine)
+    paths.save_table(table, paths.root() / "figures", "bench", index=False)
+    draw(table, machine)
+    print(f"\n{machine}\n{table.drop(columns='machine').to_string(index=False)}")
+    print("\nfigures/bench.csv, figures/bench.png")

@@ -36,7 +36,7 @@ def dvc(folder: Path, *arguments: str, **variables: str) -> str:
         try:
             for line in process.stdout:
                 print(line, end="", flush=True)
-                how = next((said for words, said in HOW.items() if words in line), how)
+                how = next((name for words, name in HOW.items() if words in line), how)
         except BaseException:
             os.killpg(process.pid, signal.SIGTERM)
             raise
@@ -48,12 +48,15 @@ def dvc(folder: Path, *arguments: str, **variables: str) -> str:
 class Task(Checkpointable):
     """One stage, called on the machine that executes it; requeued as it is when Slurm wants the node back."""
 
-    def __init__(self, head: Path, variables: dict[str, str], away: dict | None = None):
-        """head: the folder of whoever runs the grid; variables: environment; away: of ``clone``, None to stay there."""
-        self.head, self.variables, self.away = head, variables, away
+    def __init__(self, head: Path, variables: dict[str, str], clone_settings: dict | None = None):
+        """head: the folder of whoever runs the grid; variables: environment.
+
+        clone_settings: those of ``clone``, or None to work in head itself.
+        """
+        self.head, self.variables, self.clone_settings = head, variables, clone_settings
 
     def __call__(self, stage: str, needs: tuple[str, ...] = ()) -> dict:
-        """How the stage got done and in how many seconds; away also its entry in dvc.lock.
+        """How the stage got done and in how many seconds; in a clone also its entry in dvc.lock.
 
         needs: the stages it reads from, which a clone fetches from the cache first. Checkpoints stay until the
         results are in the cache. Stopped is not failed: a task that is stopped leaves no result.
@@ -67,11 +70,11 @@ class Task(Checkpointable):
         kept, entry = shared / f"{stage}.checkpoints", None
         variables = self.variables | {"FOCALCAL_KEEP_CHECKPOINTS": str(kept)}
         try:
-            with alone(shared / f"{stage}.lock"):
-                if self.away is None:
+            with exclusive_lock(shared / f"{stage}.lock"):
+                if self.clone_settings is None:
                     how = dvc(self.head, *repro, **variables)
                 else:
-                    with clone(self.head, stage, **self.away) as folder:
+                    with clone(self.head, stage, **self.clone_settings) as folder:
                         variables["DVC_SITE_CACHE_DIR"] = str(folder / ".dvc" / "site")
                         dvc(folder, "checkout", "--quiet", *needs, **variables)
                         how = dvc(folder, *repro, **variables)
@@ -80,14 +83,14 @@ class Task(Checkpointable):
                     shutil.rmtree(kept.read_text(), ignore_errors=True)
                     kept.unlink()
         except SystemExit as stop:
-            if self.away and stop.code == STOPPED:
+            if self.clone_settings and stop.code == STOPPED:
                 time.sleep(600)  # Slurm requeues what it has to end itself
             raise
         return {"how": how, "seconds": time.time() - begun, "entry": entry}
 
 
 @contextmanager
-def alone(path: Path):
+def exclusive_lock(path: Path):
     """Holds a lock; an earlier start of the task may have outlived its node, and is then waited for, with a message."""
     lock = FileLock(path, fallback_to_soft=False)  # a soft one would outlive a killed process
     try:

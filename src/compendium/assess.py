@@ -1,21 +1,18 @@
 """Tables and figures for logits that come from elsewhere, without training.
 
-    python -m focalcal.assess STUDY MODEL.npz [MODEL.npz ...]
-
 Each file holds val_logits and test_logits, (N, K), and val_labels and test_labels, (N,); its name is the model's in
 every table. The chapters that need nothing else (03, 07, 08, 10 and 11) are executed for all of them side by side:
 figures and tables go to figures/STUDY, notebooks and numbers to artifacts/STUDY.
 """
 
-import argparse
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from focalcal import metrics, notebook, paths, settings
+from compendium import notebook, paths, settings
+from focalcal import metrics
 
 CHAPTERS = ("03_scale", "07_reliability", "08_results", "10_evidence", "11_calibratability")
 ARRAYS = ("val_logits", "val_labels", "test_logits", "test_labels")
@@ -65,19 +62,3 @@ def assess(study: str, files: list[Path]) -> None:
         notebook.execute(source, paths.study(study) / "notebooks" / source.name, {"study": study})
     print(f"Figures and tables: {paths.root() / 'figures' / study}")
     print(f"Executed notebooks: {paths.study(study) / 'notebooks'}")
-
-
-def main(arguments=None) -> None:
-    """Command line; see the module's text."""
-    parser = argparse.ArgumentParser(prog="python -m focalcal.assess", description=__doc__.split("\n")[0])
-    parser.add_argument("study", help="a new name for these models together")
-    parser.add_argument("file", nargs="+", type=Path, help="MODEL.npz")
-    given = parser.parse_args(arguments)
-    try:
-        assess(given.study, given.file)
-    except (ValueError, RuntimeError, OSError) as problem:
-        sys.exit(f"focalcal: {problem}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,10 @@
 """Run a notebook as a pipeline stage, or strip notebooks to what a stage depends on.
 
-    python -m focalcal.notebook NOTEBOOK OUT [-p NAME VALUE]...   execute through Papermill
-    python -m focalcal.notebook --strip FOLDER OUT_FOLDER         sources only, no outputs, no editor's traces
-
 Executing refuses unknown parameters, works on a scratch file, checks that the last cell ran, and moves the
 result into place without times, durations, paths and random ids: two runs give equal bytes. A cell tagged
 ``progress`` shows its standard error live but does not keep it.
 """
 
-import argparse
 import copy
 import os
 import re
@@ -20,7 +16,7 @@ sys.modules.setdefault("rfc3987_syntax", None)  # a grammar that takes seconds t
 
 import nbformat  # noqa: E402
 
-from focalcal import paths  # noqa: E402
+from compendium import paths  # noqa: E402
 
 SPEAKING = ("ValueError", "SystemExit", "OSError", "FileNotFoundError")  # their message says it all
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
@@ -131,24 +127,3 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
             ) from failure
         finally:
             scratch.unlink(missing_ok=True)
-
-
-def main(arguments=None) -> None:
-    """Command line; see the module's text."""
-    parser = argparse.ArgumentParser(prog="python -m focalcal.notebook", description=__doc__.split("\n")[0])
-    parser.add_argument("notebook", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter")
-    parser.add_argument("--strip", action="store_true", help="strip the notebooks of a folder into another")
-    options = parser.parse_args(arguments)
-    try:
-        if options.strip:
-            strip(options.notebook, options.out)
-        else:
-            execute(options.notebook, options.out, dict(options.p))
-    except (ValueError, RuntimeError, OSError) as problem:
-        sys.exit(f"focalcal: {problem}")
-
-
-if __name__ == "__main__":
-    main()

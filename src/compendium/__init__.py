@@ -1,0 +1,1 @@
+"""What runs the compendium: settings, data, trainings, notebooks, grids. The method itself is the package focalcal."""

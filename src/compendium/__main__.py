@@ -1,0 +1,147 @@
+"""The command line: python -m compendium VERB, or compendium VERB. A verb imports what it needs when it is called."""
+
+import argparse
+import sys
+from pathlib import Path
+
+VERBS = {  # verb -> what it does, an example
+    "data": ("Fetch raw data sets and verify every file.", "compendium data cifar10 svhn"),
+    "train": (
+        "Train losses of a study outside the pipeline, together on the same batches.",
+        "compendium train cifar10-resnet50 cross_entropy focal3 --seed 0",
+    ),
+    "assess": (
+        "Tables and figures for models from elsewhere: logits in, chapters 3, 7, 8, 10 and 11 out.",
+        "compendium assess mine vit.npz forest.npz",
+    ),
+    "publish": (
+        "Pack finished runs into one file, or publish packed ones in this repository.",
+        "compendium publish pack cifar10-resnet50",
+    ),
+    "grid": (
+        "Run many stages at once: on the cores or GPUs of this machine, or on a Slurm cluster.",
+        "compendium grid run --executor slurm",
+    ),
+    "bench": ("Measure how fast this machine trains and measures, beside stock loops.", "compendium bench"),
+    "notebook": (
+        "Execute a notebook as a stage does, or strip a folder of them.",
+        "compendium notebook notebooks/08_results.ipynb out.ipynb -p study fashion",
+    ),
+    "report": ("Build the static site from what results or artifacts left.", "compendium report site"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """All verbs with their arguments; nothing heavy is imported for it."""
+    top = argparse.ArgumentParser(prog="compendium", description="What runs the focalcal compendium.")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    made = {}
+    for verb, (description, example) in VERBS.items():
+        epilog = f"example: {example}"
+        made[verb] = verbs.add_parser(verb, help=description, description=description, epilog=epilog)
+
+    made["data"].add_argument("name", nargs="*", help="data sets; by default what the active studies use")
+    made["data"].add_argument("--prepare", metavar="STUDY", help="instead, write artifacts/STUDY/prepared.npz")
+
+    made["train"].add_argument("study")
+    made["train"].add_argument("loss", nargs="+")
+    made["train"].add_argument("--seed", type=int, default=0)
+
+    made["assess"].add_argument("study", help="a new name for these models together")
+    made["assess"].add_argument("file", nargs="+", type=Path, help="MODEL.npz with val_logits, val_labels and test_...")
+
+    commands = made["publish"].add_subparsers(dest="command", required=True)
+    packing = commands.add_parser("pack", help="on the machine that trained: write STUDY.tar")
+    packing.add_argument("study")
+    packing.add_argument("--out", type=Path, help="instead of STUDY.tar")
+    packing.add_argument("--weights", action="store_true", help="with the networks' weights")
+    packing.add_argument("--without-shifted", action="store_true", help="without what only chapter 9 reads; smaller")
+    adding = commands.add_parser("add", help="here: into published/STUDY, pinned by published/STUDY.dvc")
+    adding.add_argument("file", nargs="+", type=Path)
+
+    commands = made["grid"].add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="run all matching stages that are not up to date")
+    run.add_argument("glob", nargs="*", default=["train@*"], help="names of stages, with * and ? (default: train@*)")
+    run.add_argument("--executor", choices=("local", "slurm"), default="local")
+    many = "how many at a time (default: here one a GPU or CPU thread, on Slurm all that it lets run)"
+    run.add_argument("--jobs", type=int, metavar="N", help=many)
+    run.add_argument("--cluster", type=Path, metavar="FILE", help="what to ask Slurm for (default: slurm.yaml)")
+    status = commands.add_parser("status", help="how far a grid is, and where its logs are")
+    status.add_argument("--wait", action="store_true", help="follow it to its end, and collect its results")
+    for command in (status, commands.add_parser("cancel", help="stop a grid")):
+        command.add_argument("grid", nargs="?", help="its name (default: the newest)")
+
+    made["bench"].add_argument("--networks", nargs="+", help="names in focalcal.networks (default: two that fit)")
+
+    made["notebook"].add_argument("notebook", type=Path)
+    made["notebook"].add_argument("out", type=Path)
+    made["notebook"].add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    made["notebook"].add_argument("--strip", action="store_true", help="strip the notebooks of a folder into another")
+
+    made["report"].add_argument("out", nargs="?", type=Path, help="a folder (default: site)")
+    return top
+
+
+def call(given: argparse.Namespace) -> int | None:
+    """Do what a command line asks for; the exit status, where that is not 0."""
+    if given.verb == "data" and given.prepare:
+        from compendium import images
+
+        images.write_prepared(given.prepare)
+    elif given.verb == "data":
+        from compendium import fetch
+
+        fetch.fetch_all(given.name)
+    elif given.verb == "train":
+        from compendium import trainings
+
+        trainings.train_jobs(given.study, given.loss, given.seed)
+    elif given.verb == "assess":
+        from compendium import assess
+
+        assess.assess(given.study, given.file)
+    elif given.verb == "publish":
+        from compendium import publish
+
+        if given.command == "pack":
+            publish.pack(given.study, given.out, given.weights, not given.without_shifted)
+        else:
+            publish.publish(given.file)
+    elif given.verb == "grid":
+        from compendium import grid
+
+        return grid.call(given)
+    elif given.verb == "bench":
+        from compendium import bench
+
+        bench.bench(given.networks)
+    elif given.verb == "notebook":
+        from compendium import notebook
+
+        if given.strip:
+            notebook.strip(given.notebook, given.out)
+        else:
+            notebook.execute(given.notebook, given.out, dict(given.p))
+    else:
+        import runpy
+
+        from compendium import paths
+
+        runpy.run_path(str(paths.root() / "report" / "build.py"))["build"](given.out or paths.root() / "site")
+    return None
+
+
+def main(arguments=None) -> int | None:
+    """Run a command line; errors that people can mend end in one sentence and exit status 1."""
+    given = parser().parse_args(arguments)
+    try:
+        return call(given)
+    except ModuleNotFoundError as problem:
+        extras = "compendium,report" if given.verb == "report" else "compendium"
+        sys.exit(f"focalcal: '{problem.name}' is missing; install what this needs with: pip install '.[{extras}]'")
+    except (ValueError, RuntimeError, OSError, FloatingPointError) as problem:
+        sys.exit(f"focalcal: {problem}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

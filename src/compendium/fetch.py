@@ -1,0 +1,203 @@
+"""Raw data sets: fetched from the first source that has them, and every file verified against its published MD5.
+
+The sources, in this order: a folder named by the environment variable FOCALCAL_DATA, torchvision's mirrors, and for
+Fashion-MNIST Debian's package.
+"""
+
+import hashlib
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+
+from compendium import paths, settings
+
+# The canonical files of Xiao et al. 2017: MD5, and the time stamp in their gzip headers. Debian ships the same
+# streams with name and time stripped; with the header put back they are the canonical bytes again.
+FASHION_MNIST = {
+    "train-images-idx3-ubyte.gz": ("8d4fb7e6c68d591d4c3dfef9ec88bf0d", 1504176606),
+    "train-labels-idx1-ubyte.gz": ("25c81989df183df01b3e8a0aad5dffbe", 1504176606),
+    "t10k-images-idx3-ubyte.gz": ("bef4ecab320f06d8554ea6380940ec79", 1504176627),
+    "t10k-labels-idx1-ubyte.gz": ("bb300cfdad3c16e7a12a480ee83cd310", 1504176627),
+}
+TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
+FETCHED = {"fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN"}
+FETCHED |= {"tiny_imagenet": None}  # torchvision's classes; it has none for this one
+
+
+def files(name: str) -> dict[str, str]:
+    """The canonical files of a data set that is fetched: path below data/<name> -> published MD5."""
+    if name == "fashion_mnist":
+        return {file: md5 for file, (md5, _) in FASHION_MNIST.items()}
+    if name == "tiny_imagenet":
+        return {Path(TINY_IMAGENET[0]).name: TINY_IMAGENET[1]}
+    from torchvision import datasets
+
+    known = getattr(datasets, FETCHED[name])
+    if name == "svhn":
+        return {known.split_list[split][1]: known.split_list[split][2] for split in ("train", "test")}
+    listed = [*known.train_list, *known.test_list, [known.meta["filename"], known.meta["md5"]]]
+    return {f"{known.base_folder}/{file}": md5 for file, md5 in listed}
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def canonical(file: str, md5: str, raw: bytes) -> bytes | None:
+    """The canonical content from ``raw``: itself, or with its gzip header restored; None if it is neither."""
+    candidates = [raw]
+    if file in FASHION_MNIST:
+        name, stamp = file.removesuffix(".gz").encode(), FASHION_MNIST[file][1]
+        candidates.append(b"\x1f\x8b\x08\x08" + struct.pack("<I", stamp) + b"\x00\x03" + name + b"\0" + raw[10:])
+    return next((candidate for candidate in candidates if _md5(candidate) == md5), None)
+
+
+def _copy_from(source: Path, name: str, folder: Path) -> str | None:
+    """Fill ``folder`` from the files anywhere below ``source``; what is wrong, or None if all are there."""
+    for file, md5 in files(name).items():
+        found = [path for path in sorted(source.rglob(Path(file).name)) if path.is_file()]
+        if not found:
+            return f"{Path(file).name} is not in {source}"
+        content = next(filter(None, (canonical(file, md5, path.read_bytes()) for path in found)), None)
+        if content is None:
+            return f"{found[0]} is corrupted or incomplete (its MD5 is not the published one)"
+        with paths.atomic(folder / file) as part:
+            part.write_bytes(content)
+    return None
+
+
+def _from_environment(name: str, folder: Path) -> str | None:
+    source = os.environ.get("FOCALCAL_DATA")
+    if not source:
+        return "the environment variable FOCALCAL_DATA is not set"
+    source = Path(source).expanduser()
+    problem = _copy_from(source, name, folder)
+    archives = sorted(source.rglob(f"{name.replace('cifar', 'cifar-')}-python.tar.gz"))
+    if problem and archives:
+        with tempfile.TemporaryDirectory() as scratch, tarfile.open(archives[0]) as archive:
+            archive.extractall(scratch, filter="data")
+            return _copy_from(Path(scratch), name, folder)
+    return problem
+
+
+def _from_mirrors(name: str, folder: Path) -> str | None:
+    from torchvision import datasets
+
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # seconds; torchvision sets none
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            if name == "tiny_imagenet":
+                datasets.utils.download_url(TINY_IMAGENET[0], scratch, md5=TINY_IMAGENET[1])
+            else:
+                make = getattr(datasets, FETCHED[name])
+                for split in ({"split": "train"}, {"split": "test"}) if name == "svhn" else ({},):
+                    make(scratch, download=True, **split)
+        except Exception as problem:  # torchvision raises RuntimeError, urllib's errors or its own, by version
+            return " ".join(str(problem).split())
+        finally:
+            socket.setdefaulttimeout(before)
+        return _copy_from(Path(scratch), name, folder)
+
+
+def _from_debian(name: str, folder: Path) -> str | None:
+    package = "dataset-fashion-mnist"
+    installed = Path("/usr/share/datasets/fashion-mnist")
+    if name != "fashion_mnist":
+        return f"Debian has no package of {name}"
+    if installed.is_dir():
+        return _copy_from(installed, name, folder)
+    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
+        return "this is no Debian or Ubuntu, so there is no package to unpack"
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chmod(scratch, 0o755)  # apt drops its privileges while downloading
+        lists = ["-o", f"Dir::State::Lists={scratch}/lists", "-o", f"Dir::Cache={scratch}/cache"]
+        (Path(scratch) / "cache/archives/partial").mkdir(parents=True)
+        (Path(scratch) / "lists/partial").mkdir(parents=True)
+        download = ["apt-get", "-qq", "download", package]
+        for commands in ([download], [["apt-get", *lists, "-qq", "update"], [*download[:1], *lists, *download[1:]]]):
+            results = [subprocess.run(c, cwd=scratch, capture_output=True, text=True) for c in commands]
+            files = list(Path(scratch).glob(f"{package}_*.deb"))
+            if files:
+                break
+        else:
+            reason = results[-1].stderr.strip().splitlines() or ["apt-get gave no reason"]
+            return f"{package}: {reason[-1]}"
+        unpacked = Path(scratch) / "unpacked"
+        done = subprocess.run(["dpkg-deb", "-x", files[0], unpacked], capture_output=True, text=True)
+        return done.stderr.strip() if done.returncode else _copy_from(unpacked, name, folder)
+
+
+SOURCES = {  # tried in this order
+    "folder of FOCALCAL_DATA": _from_environment,
+    "torchvision's mirrors": _from_mirrors,
+    "Debian's package": _from_debian,
+}
+
+
+def fetch(name: str, folder: Path) -> None:
+    """Fill ``folder`` with the canonical files of a data set from the first source that works.
+
+    A file there with the wrong MD5 is named and removed first. Raises ValueError for a data set that is not
+    fetched, and FileNotFoundError, saying what to put where, if no source has the data.
+    """
+    if name not in FETCHED:
+        raise ValueError(f"'{name}' is not fetched; data sets that are: {', '.join(FETCHED)}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = files(name)
+    for file, md5 in wanted.items():
+        path = folder / file
+        if path.is_file() and _md5(path.read_bytes()) != md5:
+            path.unlink()
+            print(f"Removed {path}: corrupted or incomplete (its MD5 is not the published one).")
+    verified = f"all files verified ({len(wanted)})"
+    if all((folder / file).is_file() for file in wanted):
+        print(f"{name} is in {folder}, {verified}.")
+        return
+    failures = []
+    for source, copy in SOURCES.items():
+        problem = copy(name, folder)
+        if problem is None:
+            print(f"{name} copied into {folder} from {source}, {verified}.")
+            return
+        print(f"Not from {source}: {problem}.")
+        failures.append(problem)
+    raise FileNotFoundError(
+        f"No source of {name} could be used ({'; '.join(failures)}). Put {', '.join(Path(f).name for f in wanted)} "
+        f"into a folder, set FOCALCAL_DATA to it and run this again."
+    )
+
+
+def fetch_all(names: list[str]) -> None:
+    """Fetch these data sets into data/; without names, what the active studies of params.yaml need.
+
+    What only chapter 9 uses (``shifted``) is left out, with a message, where it cannot be had.
+    """
+    studies = [] if names else [settings.data(study) for study in settings.active()["studies"]]
+    for name in dict.fromkeys(names or ["fashion_mnist", *(study.dataset for study in studies)]):  # the first is pinned
+        if name in FETCHED or names:
+            fetch(name, paths.root() / "data" / name)
+    for name in dict.fromkeys(name for study in studies for name in study.shifted if name in FETCHED):
+        try:
+            fetch(name, paths.root() / "data" / name)
+        except FileNotFoundError as problem:
+            print(f"{name}, which only chapter 9 uses, is left out: {problem}")
+
+
+def verified(name: str) -> dict[str, bytes]:
+    """Content of a data set's files in data/<name>, by file name; an error that says what to do if one is not right."""
+    folder, content = paths.root() / "data" / name, {}
+    again = "`make data`" if name == "fashion_mnist" else f"`python -m compendium data {name}`"
+    for file, md5 in files(name).items():
+        path = folder / file
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; {again} fetches it.")
+        content[path.name] = path.read_bytes()
+        if _md5(content[path.name]) != md5:
+            raise ValueError(f"{path} is corrupted or incomplete; {again} replaces it.")
+    return content

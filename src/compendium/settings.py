@@ -1,0 +1,142 @@
+"""The parameters of params.yaml: read, typed and checked before anything runs.
+
+Raises ValueError, in one sentence, for anything unknown, missing or misfit.
+"""
+
+import dataclasses
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic.dataclasses import dataclass as checked
+
+from compendium import paths
+from focalcal import train
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Training = checked(train.Training, frozen=True, config=ConfigDict(extra="forbid", strict=True))
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Data(_Settings):
+    """Which images a study sees."""
+
+    dataset: str  # a name in images.DATASETS
+    train: PositiveInt  # samples to train on
+    val: PositiveInt  # samples held out of the published training set, for temperatures and AdaFocal's gammas
+    test: PositiveInt  # samples of the published test set; all of them for every number that is quoted
+    seed: Annotated[int, Field(ge=0)] = 1  # of the draw of train and val; the papers use 1
+    mean: list[Positive] | None = None  # per channel, of pixel values in [0, 1]; by default measured on train
+    std: list[Positive] | None = None
+    test_mean: list[Positive] | None = None  # for the test set alone, by default the same
+    test_std: list[Positive] | None = None
+    per_class: bool = False  # draw val evenly from the classes
+    shifted: list[str] = []  # data sets from elsewhere that the networks are tried on, names in images.DATASETS
+
+
+class Study(_Settings):
+    """A block under studies in params.yaml."""
+
+    data: dict  # settings of Data
+    training: dict  # settings of Training that hold for every loss
+    exceptions: dict[str, dict] = {}  # for single losses: settings of Training or of the loss
+
+
+def build(kind, values: dict, where: dict):
+    """A ``kind`` (pydantic's model or dataclass) from ``values``; where: each value's block in params.yaml."""
+    try:
+        return kind(**values)
+    except ValidationError as problems:
+        first = problems.errors()[0]
+        reason = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:  # the class says which setting, and what is wrong with it
+            raise ValueError(f"{where[reason.split()[0]]}.{reason}") from None
+        name, place = str(first["loc"][0]), where.get(str(first["loc"][0]))
+        if first["type"] == "missing":
+            blocks = " and ".join(dict.fromkeys(where.values())) or f"the {kind.__name__.lower()} settings"
+            raise ValueError(f"'{name}' is missing in params.yaml; looked in {blocks}.") from None
+        if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            raise ValueError(f"{place} has no setting '{name}'; it has: {', '.join(names(kind))}.") from None
+        reason = reason[0].lower() + reason[1:]
+        raise ValueError(f"{place}.{name}: {reason}, got {first['input']!r}.") from None
+
+
+def names(kind) -> list[str]:
+    """The settings of a pydantic model or dataclass."""
+    return list(kind.model_fields if issubclass(kind, BaseModel) else [f.name for f in dataclasses.fields(kind)])
+
+
+def params() -> dict:
+    """params.yaml as a dictionary."""
+    return yaml.safe_load((paths.root() / "params.yaml").read_text())
+
+
+def active() -> dict:
+    """The block ``active`` of params.yaml."""
+    chosen = params()["active"]
+    if both := set(chosen["studies"]) & set(chosen["published"]):
+        raise ValueError(
+            f"'{min(both)}' stands under active.studies and active.published in params.yaml: its runs are either "
+            "trained here or taken from published/; delete it from one of the two."
+        )
+    return chosen
+
+
+def _block(parent: dict, name: str, place: str) -> dict:
+    """parent[name], if that is a mapping; nothing at all counts as an empty one."""
+    block = {} if parent.get(name) is None else parent[name]
+    if not isinstance(block, dict):
+        raise ValueError(f"{place} in params.yaml must consist of 'name: value' settings, got {block!r}.")
+    return block
+
+
+def _study(values: dict, name: str) -> Study:
+    if name not in values["studies"]:
+        raise ValueError(f"Unknown study '{name}'; params.yaml defines: {', '.join(values['studies'])}.")
+    block = _block(values["studies"], name, f"studies.{name}")
+    return build(Study, block, dict.fromkeys(block, f"studies.{name}"))
+
+
+def study(name: str) -> Study:
+    """The block of a study in params.yaml."""
+    return _study(params(), name)
+
+
+def data(name: str) -> Data:
+    """Data settings of a study: its own over shared.datasets.<dataset>."""
+    values = params()
+    own, shared = _study(values, name).data, values["shared"].get("datasets", {})
+    place = f"shared.datasets.{own.get('dataset')}"
+    common = _block(shared, own.get("dataset"), place)
+    return build(Data, common | own, dict.fromkeys(common, place) | dict.fromkeys(own, f"studies.{name}.data"))
+
+
+def training(name: str, loss: str) -> tuple[Training, dict]:
+    """Training settings of a study for one loss, and that loss's own settings.
+
+    Later blocks win: shared.protocol, the study's training, shared.losses.<loss>, the study's exceptions for the
+    loss. In the last two, names that are no training setting belong to the loss function.
+    """
+    values = params()
+    entry, shared = _study(values, name), values["shared"]
+    if loss not in shared["losses"]:
+        raise ValueError(
+            f"Unknown loss '{loss}'; params.yaml lists under shared.losses: {', '.join(shared['losses'])}."
+        )
+    blocks = {
+        "shared.protocol": _block(shared, "protocol", "shared.protocol"),
+        f"studies.{name}.training": entry.training,
+        f"shared.losses.{loss}": _block(shared["losses"], loss, f"shared.losses.{loss}"),
+        f"studies.{name}.exceptions.{loss}": entry.exceptions.get(loss, {}),
+    }
+    known, merged, where, special = names(Training), {}, {}, {}
+    for number, (place, block) in enumerate(blocks.items()):
+        for key, value in block.items():
+            if key in known or number < 2:
+                merged[key], where[key] = value, place
+            else:
+                special[key] = value
+    return build(Training, merged, where), special

@@ -1,0 +1,179 @@
+"""Trainings of a study: from params.yaml to the files of a run, for chapter 2 and for `compendium train`."""
+
+import csv
+import hashlib
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from compendium import checkpoints, paths, settings
+from focalcal import calibrate, feed, losses, metrics, networks, train
+from focalcal.feed import Split
+from focalcal.train import Run, Training
+
+CODE = (calibrate, checkpoints, feed, losses, metrics, networks, train)  # and this module: what decides a result
+
+
+class Job(NamedTuple):
+    """One training as params.yaml describes it."""
+
+    study: str
+    loss: str
+    seed: int
+    settings: Training
+    loss_settings: dict
+
+
+def job(study: str, loss: str, seed: int) -> Job:
+    """The settings of one training, read and checked; ValueError in one sentence, see settings."""
+    return Job(study, loss, seed, *settings.training(study, loss))
+
+
+def new_run(job: Job, prepared: dict[str, np.ndarray], on: torch.device) -> Run:
+    """Initial weights and loss of a training; prepared: the arrays of the study's prepared.npz."""
+    classes, channels = len(prepared["classes"]), len(prepared["mean"])
+    model = networks.make(job.settings.network, classes, channels, job.seed).to(on)
+    return Run(model, losses.make(job.loss, **job.loss_settings), job.settings)
+
+
+def complete(jobs: list[Job], runs: list[Run], data: dict[str, Split], prepared: dict[str, np.ndarray]) -> None:
+    """Train the runs together to their end and save them; what was interrupted before goes on where it was.
+
+    data: feed.splits of prepared. Runs of one study and seed; a bar shows how far they are. Raises FloatingPointError
+    if a loss stops being finite, and RuntimeError if another process trains one of them.
+    """
+    begun, (study, _, seed, config, _) = time.perf_counter(), jobs[0]
+    train.set_numerics(config, runs[0].fast, runs[0].device)
+    with ExitStack() as claims:
+        keys = [key(job, runs[0].device) for job in jobs]
+        folders = [claims.enter_context(checkpoints.claim(*job[:3], key)) for job, key in zip(jobs, keys, strict=True)]
+        checkpoints.resume(runs, folders)
+        label = " ".join([study, *(job.loss for job in jobs), str(seed)])
+        rows = checkpoints.keep(train.train_together(runs, data, seed), runs, folders)
+        for _ in progress(rows, len(runs[0].history), config.epochs, len(runs) * len(data["train"]), label):
+            pass
+        for job, run in zip(jobs, runs, strict=True):
+            shifted = predict_shifted(run.model, prepared, run.device)
+            save(job, run, predictions(run, data), shifted, time.perf_counter() - begun)
+
+
+def progress(rows, done: int, epochs: int, images: int, label: str):
+    """Pass train_together's rows on while showing the first run's epoch, loss, error, images/s and time left."""
+    bar = tqdm(rows, label, epochs, initial=done, file=sys.stderr, unit="epoch", mininterval=1, dynamic_ncols=True)
+    last = time.perf_counter()
+    for row in bar:
+        now = time.perf_counter()
+        shown = {"loss": f"{row[0]['train_loss']:.3f}", "val error": f"{row[0]['val_error']:.1%}"}
+        bar.set_postfix(shown | {"images/s": f"{images / max(now - last, 1e-3):,.0f}"}, refresh=False)
+        last = now
+        yield row
+
+
+def key(job: Job, on: torch.device) -> str:
+    """A hash of all that decides a training's result: settings, data, code, versions, device, threads."""
+    digest = hashlib.sha256()
+    threads = torch.get_num_threads() if on.type == "cpu" else 0
+    what = [asdict(job.settings), job.loss_settings, job.seed, torch.__version__, np.__version__, on.type, threads]
+    digest.update(json.dumps(what).encode())
+    for file in (*(Path(module.__file__) for module in CODE), Path(__file__), paths.prepared(job.study)):
+        with open(paths.existing(file), "rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def predictions(run: Run, data: dict[str, Split]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Logits and labels of val and test after the last epoch, anew if that was trained by an earlier process."""
+    if run.predictions:
+        return run.predictions
+    return {name: (train.predict(run.model, data[name]), data[name].labels.cpu().numpy()) for name in ("val", "test")}
+
+
+def predict_shifted(model, prepared: dict[str, np.ndarray], on: torch.device) -> dict[str, np.ndarray]:
+    """Logits, float16 (N, K), of what the model was not trained on: the study's data sets from elsewhere (name) and
+    the test images under Gaussian noise of the five severities (noise1 ... noise5)."""
+    scale = [prepared.get(f"test_{name}", prepared[name]) for name in ("mean", "std")]
+    images = {name.removeprefix("shifted_"): prepared[name] for name in prepared if name.startswith("shifted_")}
+    images |= {f"noise{level}": feed.gaussian_noise(prepared["test_images"], level) for level in range(1, 6)}
+    none = np.zeros(0, np.int64)
+    return {name: train.predict(model, Split(x, none, *scale, on)).astype(np.float16) for name, x in images.items()}
+
+
+def provenance(on: torch.device) -> dict:
+    """Where and with what something is computed: commit, versions, device, CPU, threads."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=paths.root(), capture_output=True, text=True)
+    return {
+        "commit": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": torch.cuda.get_device_name(on) if on.type == "cuda" else f"{on.type}, {platform.machine()}",
+        "cpu": cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def cpu_model() -> str:
+    """The CPU's name, as Linux gives it, or what Python knows of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor()
+
+
+def save(job: Job, run: Run, logits, shifted, seconds: float) -> None:
+    """Write a finished training: history.csv, logits.npz, gradients.npz, shifted.npz, weights and provenance.
+
+    logits: split -> ((N, K) float32, (N,) int64); shifted: see predict_shifted; seconds: since the (last) start.
+    Provenance already there is kept if the results are the same, byte for byte.
+    """
+    folder, study_folder = paths.run(job.study, job.loss, job.seed), paths.study(job.study)
+    results = (folder / "history.csv", folder / "logits.npz")
+    before = [path.read_bytes() for path in results if path.is_file()]
+    with paths.atomic(folder / "history.csv") as part, open(part, "w", newline="") as file:
+        writer = csv.DictWriter(file, run.history[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: f"{value:.9g}" for name, value in row.items()} for row in run.history)
+    arrays = {f"{split}_logits": pair[0] for split, pair in logits.items()}
+    arrays |= {f"{split}_labels": pair[1] for split, pair in logits.items()}
+    paths.write_npz(folder / "logits.npz", **arrays, epoch=np.array(run.history[-1]["epoch"]))
+    marks = sorted(run.gradients)
+    norms = np.stack([run.gradients[epoch] for epoch in marks])
+    paths.write_npz(folder / "gradients.npz", epochs=np.array(marks), norms=norms)
+    paths.write_npz(folder / "shifted.npz", **shifted)
+    with paths.atomic(study_folder / "models" / f"{job.loss}-{job.seed}.safetensors") as part:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in run.model.state_dict().items()}, part)
+    record = study_folder / "provenance" / f"{job.loss}-{job.seed}.json"
+    if record.is_file() and before == [path.read_bytes() for path in results]:
+        return  # the same results again, say from a notebook run by hand: DVC need not see a change
+    cuda = run.device.type == "cuda"
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = torch.cuda.max_memory_allocated(run.device) if cuda else resident
+    ran = {"wall_seconds": round(seconds, 1), "peak_memory_mb": round(memory / 1e6)}
+    resolved = {"settings": asdict(job.settings), "loss_settings": job.loss_settings}
+    with paths.atomic(record) as part:
+        part.write_text(json.dumps(provenance(run.device) | ran | resolved, indent=2) + "\n")
+
+
+def train_jobs(study: str, names: list[str], seed: int) -> None:
+    """Train these losses of a study outside the pipeline, at the same time and on the same batches."""
+    on, jobs = train.device(), [job(study, loss, seed) for loss in names]
+    prepared = paths.read_npz(paths.prepared(study))
+    runs = [new_run(job, prepared, on) for job in jobs]
+    complete(jobs, runs, feed.splits(prepared, on), prepared)
+    for loss in names:
+        print(f"Finished: {paths.run(study, loss, seed)}")
