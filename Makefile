@@ -1,68 +1,94 @@
-# make results   environment, data, the whole pipeline          make test   the tests
-# make lab       JupyterLab on the notebooks                    make lock   requirements.txt anew from pyproject.toml
-# make strip     notebooks without outputs, before a commit     make bench  speed beside stock loops, on this machine
-# make report    a static site of results and chapters in site/, from what results or artifacts left
-# make grid      the trainings at once, on every core or GPU; GRID="--executor slurm" on a cluster (docs/grid.md)
-# make artifacts the committed results' histories, logits, tables and executed notebooks, without training
+# make results    environment, data, trainings, analyses; ends with the table     make test      the quick tests
+# make everything all that dvc repro can make anew                              make test-all  whole runs, too (docs)
+# make artifacts  the committed results' histories, logits and notebooks, without training
+# make lab        JupyterLab on the notebooks     make report   a static site in site/ of what results or artifacts left
+# make grid       trainings at once, on every core or GPU; GRID="--executor slurm" on a cluster (docs/grid.md)
+# make bench      speed beside stock loops        make strip    notebooks without outputs, before a commit
+# make lock       requirements.txt anew from pyproject.toml
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
+# A file's tests share what they have made, so they stay together.
+PYTEST := OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: results data artifacts report test bench lab strip lock grid test-slurm clean
+# $(call timed,what it is and how long that takes,command)
+define timed
+	@echo "== $(1)"; begun=$$(date +%s); $(2) && echo "== done in $$(( $$(date +%s) - begun )) s"
+endef
+
+.PHONY: results everything data artifacts report test test-all test-whole test-slurm bench lab strip lock grid clean
 
 results: data
-	dvc repro
+	$(call timed,Trainings: one for each loss and as many at once as there are cores (two cores: 5 to 20 minutes),\
+		python -m compendium grid run 'train@*')
+	$(call timed,Analyses: every other stage (two cores: about three minutes),dvc repro)
 	@echo
-	@echo "Figures and tables:   figures/   (start with figures/fashion/08_results/results.md)"
-	@echo "Executed notebooks:   artifacts/fashion/notebooks/   (read them with: make lab)"
+	@cat figures/fashion/08_results/results.md
+	@echo
+	@echo "Figures and tables:   figures/      (the table above: figures/fashion/08_results)"
+	@echo "Executed notebooks:   artifacts/fashion/notebooks/   (open them with: make lab)"
+	@echo "All in one page:      make report, then site/index.html"
 	@echo "What to make of it:   README.md"
 
+everything: data
+	dvc repro
+
 data: $(READY)
-	python -m focalcal.data
-	dvc pull --quiet published/*.dvc
+	$(call timed,Data: fetched once and verified (half a minute),python -m compendium data && dvc pull --quiet published/*.dvc)
 
 artifacts: $(READY)
 	dvc pull --allow-missing
 
 report: $(READY)
-	python report/build.py
+	python -m compendium report
 
 test: $(READY)
 	ruff check .
 	ruff format --check .
-	python -m pytest
+	$(PYTEST)
+
+test-all: test test-whole
+
+test-whole: $(READY)
+	$(PYTEST) -m whole
 
 # Needs Debian's packages slurm-wlm and munge; starts a small cluster of its own, for minutes.
 test-slurm: $(READY)
 	python -m pytest -rs -m slurm tests/test_slurm.py
 
 grid: data
-	python -m focalcal.grid run $(GRID)
+	python -m compendium grid run $(GRID)
 
 bench: $(READY)
-	python -m focalcal.bench
+	python -m compendium bench
 
 lab: $(READY)
 	jupyter lab --notebook-dir notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 strip: $(READY)
-	python -m focalcal.notebook --strip notebooks notebooks
+	python -m compendium notebook --strip notebooks notebooks
 
 lock: $(READY)
-	pip install --quiet uv
-	uv pip compile --quiet --universal --generate-hashes --extra test --extra report \
+	uv pip compile --quiet --universal --generate-hashes --extra compendium --extra test --extra report \
 		--custom-compile-command "make lock" pyproject.toml --output-file requirements.txt --upgrade
 
 clean:
 	rm -rf .venv artifacts
 
-# The environment: made once, and again when requirements.txt changes.
+# The environment: made once, and again when requirements.txt changes. uv, from its own hashed lines, fills it in a third
+# of pip's time; where it cannot (it does not read pip's configuration), pip does.
+UV := $(BIN)/uv pip install --python $(BIN)/python --quiet
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "focalcal needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..."; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "Python's venv module is missing; install it first, on Debian and Ubuntu with: apt install python3-venv"; exit 1; }
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@awk '/^uv==/ {on = 1} on && /^[^ ]/ && !/^uv==/ {exit} on' requirements.txt > .venv/uv.txt
+	$(call timed,Environment in .venv: 6 GB once (about a minute with a fast network),\
+		{ $(PIP) --require-hashes -r .venv/uv.txt && $(UV) --require-hashes --compile-bytecode -r requirements.txt \
+			&& $(UV) --no-deps --no-build-isolation -e .; } \
+		|| { echo "uv could not; now with pip (three minutes)" \
+			&& $(PIP) --require-hashes -r requirements.txt && $(PIP) --no-deps --no-build-isolation -e .; })
 	@touch $@

@@ -1,13 +1,10 @@
-"""Build the report: a static site from executed notebooks and the tables behind the figures.
-
-    python report/build.py [OUT]        by default site/
+"""The report: a static site from executed notebooks and the tables behind the figures, built by `compendium report`.
 
 Needs what `make results` or `make artifacts` leaves. Nothing is executed; no page asks another machine for anything.
 """
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import altair as alt
@@ -40,14 +37,13 @@ def numbers(studies: list[str]) -> pd.DataFrame:
     parts = []
     for study in studies:
         table = pd.read_csv(paths.existing(paths.root() / "figures" / study / "10_evidence" / "intervals.csv"))
-        paper = runs.published(**runs.papers_of(study)).query("quality == 'copied' and metric == 'ece_percent'")
-        paper = paper.drop_duplicates("loss").set_index("loss")
+        paper = runs.papers(study) / 100
         of_scaling = {"none": "before_scaling", "ece": "after_scaling"}
         found = [
-            paper[of_scaling[r.scaling]].get(r.loss, np.nan) / 100
-            if r.metric == "ece" and r.scaling in of_scaling
+            paper[of_scaling[row.scaling]].get(row.loss, np.nan)
+            if row.metric == "ece" and row.scaling in of_scaling
             else np.nan
-            for r in table.itertuples()
+            for row in table.itertuples()
         ]
         parts.append(table.assign(study=study, loss=table.loss.map(plots.label), papers=found))
     table = pd.concat(parts).sort_values(["metric", "scaling"], key=_first, kind="stable")
@@ -100,7 +96,7 @@ def libraries() -> str:
 
 def reliability(study: str) -> str:
     """A reliability diagram of the first seed, its loss, bins and temperature to be chosen."""
-    losses, seeds = runs.active(study)
+    losses, seeds = runs.losses_and_seeds(study)
     lines = ["loss,bins,t,bin,n,confidence,correct"]
     for loss in losses:
         logits, labels = runs.logits(study, loss, seeds[0])["test"]
@@ -126,10 +122,10 @@ def reliability(study: str) -> str:
     )
     bars = chosen.transform_calculate(
         low="datum.bin / datum.bins", high="(datum.bin + 1) / datum.bins",
-        accuracy="datum.correct / datum.n", said="datum.confidence / datum.n",
+        accuracy="datum.correct / datum.n", mean="datum.confidence / datum.n",
     )  # fmt: skip
     x = alt.X("low:Q", scale=alt.Scale(domain=[0, 1]), title="Confidence")
-    tips = [alt.Tooltip("n:Q", title="samples"), alt.Tooltip("said:Q", format=".3f", title="mean confidence")]
+    tips = [alt.Tooltip("n:Q", title="samples"), alt.Tooltip("mean:Q", format=".3f", title="mean confidence")]
     tips += [alt.Tooltip("accuracy:Q", format=".3f", title="accuracy")]
     accuracy = bars.mark_bar(color="#3377BB", stroke="white").encode(
         x,
@@ -138,7 +134,7 @@ def reliability(study: str) -> str:
         alt.Y2Datum(0),
         tooltip=tips,
     )
-    said = bars.mark_tick(color="#CC3311", thickness=3, width=14).encode(alt.X("said:Q"), alt.Y("said:Q"), tooltip=tips)
+    mean = bars.mark_tick(color="#CC3311", thickness=3, width=14).encode(alt.X("mean:Q"), alt.Y("mean:Q"), tooltip=tips)
     diagonal = (
         alt.Chart(alt.InlineData([{"x": 0}, {"x": 1}]))
         .mark_line(color="#444", strokeDash=[4, 4])
@@ -151,7 +147,7 @@ def reliability(study: str) -> str:
         .mark_text(align="left", fontSize=20, fontWeight="bold")
         .encode(x=alt.value(14), y=alt.value(24), text="text:N")
     )
-    chart = alt.layer(accuracy, said, diagonal, ece).add_params(loss, bins, t).properties(width=300, height=300)
+    chart = alt.layer(accuracy, mean, diagonal, ece).add_params(loss, bins, t).properties(width=300, height=300)
     return chart_html("reliability", chart, "Reliability diagram: accuracy over confidence, with the ECE")
 
 
@@ -202,17 +198,18 @@ def answer(study: str) -> str:
     raw, scaled = (table[table.scaling == s].set_index("loss") for s in ("none", "nll"))
     best, worst = raw.value.idxmin(), raw.value.idxmax()
 
-    def said(row):
+    def with_interval(row):
         return f"{100 * row.value:.1f} % [{100 * row.low:.1f}, {100 * row.high:.1f}]"
 
     differences = pd.read_csv(paths.root() / "figures" / study / "10_evidence" / "differences.csv")
     after = differences.query("metric == 'ece' and scaling == 'nll'").verdict
     real = (after != "not distinguishable").sum()
     return (
-        f"as trained, with one seed, the expected calibration error runs from {said(raw.loc[best])} "
-        f"({plots.label(best)}) to {said(raw.loc[worst])} ({plots.label(worst)}). After dividing the logits by one "
-        f"temperature (of lowest validation NLL), all lie between {100 * scaled.value.min():.1f} and "
-        f"{100 * scaled.value.max():.1f} %, and {real or 'none'} of {len(after)} pairs of losses can be told apart."
+        "as trained, with one seed, the expected calibration error runs from "
+        f"{with_interval(raw.loc[best])} ({plots.label(best)}) to {with_interval(raw.loc[worst])} "
+        f"({plots.label(worst)}). After dividing the logits by one temperature (of lowest validation NLL), all lie "
+        f"between {100 * scaled.value.min():.1f} and {100 * scaled.value.max():.1f} %, "
+        f"and {real or 'none'} of {len(after)} pairs of losses can be told apart."
     )
 
 
@@ -245,6 +242,7 @@ def provenance(studies: list[str]) -> str:
                 rows.append({"study": study, "run": path.stem} | json.loads(path.read_text()))
     table = pd.DataFrame(rows)
     table["commit"] = table.commit.str[:7]
+    table = table.drop(columns=["settings", "loss_settings"], errors="ignore")
     text = "# Provenance\n\nEvery training: code, versions, device, time, memory.\n\n"
     return text + table.to_markdown(index=False) + "\n"
 
@@ -268,10 +266,10 @@ def raw(html: str) -> str:
     return f"```{{raw}} html\n{html}\n```"
 
 
-def main(out: Path) -> None:
+def build(out: Path) -> None:
     """Build the site into ``out``."""
-    chosen = settings.params()["active"]
-    studies = [*chosen["studies"], *chosen["published"]]
+    chosen = settings.active()
+    studies = [*chosen["studies"], *chosen["analysed"]]
     work = paths.root() / "artifacts" / "report"  # MyST-NB leaves copies of the notebooks beside what it builds
     source, built = work / "source", work / "html"
     shutil.rmtree(work, ignore_errors=True)
@@ -296,10 +294,3 @@ def main(out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     shutil.move(built, out)
     print(f"Open {out / 'index.html'}")
-
-
-if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]) if len(sys.argv) > 1 else paths.root() / "site")
-    except (ValueError, RuntimeError, OSError) as problem:
-        sys.exit(f"focalcal: {problem}")

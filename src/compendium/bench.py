@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from compendium import paths, trainings
+from compendium import paths, settings, trainings
 from focalcal import calibrate, feed, losses, metrics, networks, plots, train
 from focalcal.train import Training
 
@@ -56,7 +56,7 @@ class Pictures(Dataset):
         return self.transform(Image.fromarray(self.images[i].squeeze())), int(self.labels[i])
 
 
-def stock_epoch(model: nn.Module, loader: DataLoader, settings: Training, on: torch.device):
+def stock_epoch(model: nn.Module, loader: DataLoader, config: Training, on: torch.device):
     """A function training one epoch as tutorials and published code do; PyTorch's default precision."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
@@ -65,10 +65,10 @@ def stock_epoch(model: nn.Module, loader: DataLoader, settings: Training, on: to
         total = 0.0
         for images, labels in loader:
             images, labels = images.to(on), labels.to(on)
-            loss = F.cross_entropy(model(images), labels, reduction=settings.reduction)
+            loss = F.cross_entropy(model(images), labels, reduction=config.reduction)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             optimizer.step()
             total += loss.item()
         return total
@@ -76,12 +76,12 @@ def stock_epoch(model: nn.Module, loader: DataLoader, settings: Training, on: to
     return epoch
 
 
-def stock_speed(name: str, images, labels, settings: Training, on: torch.device) -> float:
+def stock_speed(name: str, images, labels, config: Training, on: torch.device) -> float:
     """Images per second of the stock loop: torchvision's PIL transforms, DataLoader, .item() each step."""
     from torchvision import transforms
 
     size, channels = images.shape[1], images.shape[3]
-    steps = [transforms.RandomCrop(size, padding=4), transforms.RandomHorizontalFlip()] if settings.augment else []
+    steps = [transforms.RandomCrop(size, padding=4), transforms.RandomHorizontalFlip()] if config.augment else []
     steps += [transforms.ToTensor(), transforms.Normalize([0.5] * channels, [0.25] * channels)]
     workers = min(8, os.cpu_count() or 1)
     pictures = Pictures(images, labels, transforms.Compose(steps))
@@ -90,7 +90,7 @@ def stock_speed(name: str, images, labels, settings: Training, on: torch.device)
     )
     set_default_numerics()
     model = networks.NETWORKS[name](10, channels).to(on)
-    return len(labels) / median_seconds(stock_epoch(model, loader, settings, on), 3, on)
+    return len(labels) / median_seconds(stock_epoch(model, loader, config, on), 3, on)
 
 
 def set_default_numerics() -> None:
@@ -99,16 +99,16 @@ def set_default_numerics() -> None:
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, False
 
 
-def engine_speed(name: str, images, labels, settings: Training, on: torch.device, count=1, graph=False) -> float:
+def engine_speed(name: str, images, labels, config: Training, on: torch.device, count=1, graph=False) -> float:
     """Images per second of our step, ``count`` models at a time (all their images counted)."""
     channels = images.shape[3]
     split = feed.Split(images, labels, [0.5] * channels, [0.25] * channels, on)
-    batches = feed.Batches(split, settings)
+    batches = feed.Batches(split, config.batch_size, config.augment)
     runs = [
-        train.Run(networks.make(name, 10, channels, seed).to(on), losses.make("cross_entropy"), settings)
+        train.Run(networks.make(name, 10, channels, seed).to(on), losses.make("cross_entropy"), config)
         for seed in range(count)
     ]
-    train.set_numerics(runs[0].fast, on)
+    train.set_numerics(config, runs[0].fast, on)
     for run in runs:
         run.start_epoch(1, len(batches.sizes))
     streams = [torch.cuda.Stream() for _ in runs] if on.type == "cuda" and count > 1 else []
@@ -151,46 +151,38 @@ def ceilings(on: torch.device) -> tuple[float, float]:
 
 
 def training_rows(names: list[str], on: torch.device) -> list[dict]:
-    """Images per second of every variant."""
-    rate, bandwidth = ceilings(on)
+    """Images per second of every variant; on a GPU also the roofline and the peak memory."""
     rows, cuda, rng = [], on.type == "cuda", np.random.default_rng(0)
+    rate, bandwidth = ceilings(on) if cuda else (None, None)
+    protocol = settings.params()["shared"]["protocol"] | {"batch_size": BATCH, "learning_rate": 1e-4}
     for name in names:
         size, channels = SHAPES.get(name, (32, 3))
         images_in_epoch = (200 if cuda else 35 if name == "small_resnet" else 4) * BATCH
         images = rng.integers(0, 256, (images_in_epoch, size, size, channels)).astype(np.uint8)
-        labels = rng.integers(0, 10, images_in_epoch)
-
-        def settings(name=name, **changes):
-            values = {"network": name, "mode": "exact", "batch_size": BATCH, "augment": name != "small_resnet"}
-            return Training(**values | {"learning_rate": 1e-4} | changes)
-
-        data = (images, labels)
-        variants = {
-            "stock loop": lambda: stock_speed(name, *data, settings(), on),  # noqa: B023
-            "exact": lambda: engine_speed(name, *data, settings(), on),  # noqa: B023
-        }
+        data = name, images, rng.integers(0, 10, images_in_epoch)
+        protocol |= {"network": name, "augment": name != "small_resnet"}
+        exact = Training(**protocol, mode="exact")
+        speeds = {"stock loop": stock_speed(*data, exact, on), "exact": engine_speed(*data, exact, on)}
         if cuda:
-            fast, compiled = settings(mode="fast"), settings(mode="fast", compiled=True)
-            variants |= {
-                "fast, eager": lambda: engine_speed(name, *data, fast, on),  # noqa: B023
-                "fast": lambda: engine_speed(name, *data, fast, on, graph=True),  # noqa: B023
-                "fast, compiled": lambda: engine_speed(name, *data, compiled, on, graph=True),  # noqa: B023
-                "fast, two at a time": lambda: engine_speed(name, *data, fast, on, count=2, graph=True),  # noqa: B023
-            }
-        operations, moved = step_cost(name, (size, channels))
-        speeds = {}
-        for variant, measure in variants.items():
-            speeds[variant] = measure()
-            print(f"{name}, {variant}: {speeds[variant]:,.0f} images/s", flush=True)
-        speeds["roofline"] = 1 / max(operations / rate, moved / bandwidth)
+            fast, compiled = Training(**protocol, mode="fast"), Training(**protocol, mode="fast", compiled=True)
+            speeds["fast, eager"] = engine_speed(*data, fast, on)
+            speeds["fast"] = engine_speed(*data, fast, on, graph=True)
+            speeds["fast, compiled"] = engine_speed(*data, compiled, on, graph=True)
+            speeds["fast, two at a time"] = engine_speed(*data, fast, on, count=2, graph=True)
+            operations, moved = step_cost(name, (size, channels))
+            speeds["roofline"] = 1 / max(operations / rate, moved / bandwidth)
         for variant, speed in speeds.items():
+            print(f"{name}, {variant}: {speed:,.0f} images/s", flush=True)
             rows.append({"what": name, "variant": variant, "value": speed, "unit": "images/s"})
             rows[-1]["ratio"] = speed / speeds["stock loop"]
-    rows.append({"what": "machine", "variant": "matrix product", "value": rate / 1e9, "unit": "Gop/s"})
-    rows.append({"what": "machine", "variant": "copy", "value": bandwidth / 1e9, "unit": "GB/s"})
     if cuda:
         memory = torch.cuda.max_memory_allocated() / 1e9
-        rows.append({"what": "machine", "variant": "peak memory", "value": memory, "unit": "GB"})
+        for what, value, unit in (
+            ("matrix product", rate / 1e9, "Gop/s"),
+            ("copy", bandwidth / 1e9, "GB/s"),
+            ("peak memory", memory, "GB"),
+        ):
+            rows.append({"what": "machine", "variant": what, "value": value, "unit": unit})
     return rows
 
 
@@ -273,8 +265,8 @@ def draw(table: pd.DataFrame, machine: str) -> None:
         ax.barh(names, shown.ratio - 1, left=1, color=colors)
         ax.axvline(1, color="#444444", linewidth=1)
         for y, row in enumerate(shown.itertuples()):
-            said = f"{row.ratio:.1f}x  ({row.value:,.0f} {row.unit})"
-            ax.text(1.05 * max(1, row.ratio), y, said, verticalalignment="center", fontsize=8)
+            note = f"{row.ratio:.1f}x  ({row.value:,.0f} {row.unit})"
+            ax.text(1.05 * max(1, row.ratio), y, note, verticalalignment="center", fontsize=8)
         ax.set(xscale="log", xlabel="times as fast", title=machine, xlim=(0.7, 4 * shown.ratio.max()))
         plots.plain_log(ax.xaxis)
         ax.invert_yaxis()

@@ -75,8 +75,14 @@ def atomic(path: Path):
 def existing(path: Path) -> Path:
     """The path, if there is a file; else FileNotFoundError that says how to get it."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; `dvc repro` makes it, `make artifacts` fetches published ones.")
+        advice = "; `dvc repro` makes it, `make artifacts` fetches published ones" if _is_artifact(path) else ""
+        raise FileNotFoundError(f"{path} is missing{advice}.")
     return path
+
+
+def _is_artifact(path: Path) -> bool:
+    """Whether the pipeline makes the file; others are the user's own."""
+    return Path(path).resolve().is_relative_to(root() / "artifacts")
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -85,8 +91,8 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         with np.load(existing(path)) as file:
             return {name: file[name] for name in file.files}
     except (zipfile.BadZipFile, ValueError, EOFError) as problem:
-        ours = Path(path).resolve().is_relative_to(root() / "artifacts")
-        advice = "delete it and run `dvc checkout` or `dvc repro`" if ours else "make or copy it anew"
+        ours = "delete it and run `dvc checkout` or `dvc repro`"
+        advice = ours if _is_artifact(path) else "make or copy it anew"
         raise ValueError(f"{path} is truncated or damaged ({problem}); {advice}.") from problem
 
 

@@ -58,6 +58,12 @@ def history(study: str, only=(), seeds=()) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+def milestones(history: pd.DataFrame) -> list[int]:
+    """The epochs of a history from which on the learning rate is lower than before."""
+    rates = history.groupby("epoch").learning_rate.max()
+    return rates.index[rates.diff() < 0].tolist()
+
+
 def curves(history: pd.DataFrame, column: str) -> pd.DataFrame:
     """One column of a history as a table of epochs x losses, the mean over seeds."""
     return history.pivot_table(column, "epoch", "loss", sort=False)

@@ -11,10 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
 from compendium import paths
-from focalcal import train
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Training = checked(train.Training, frozen=True, config=ConfigDict(extra="forbid", strict=True))
 
 
 class _Settings(BaseModel):
@@ -114,12 +112,15 @@ def data(name: str) -> Data:
     return build(Data, common | own, dict.fromkeys(common, place) | dict.fromkeys(own, f"studies.{name}.data"))
 
 
-def training(name: str, loss: str) -> tuple[Training, dict]:
-    """Training settings of a study for one loss, and that loss's own settings.
+def training(name: str, loss: str):
+    """Training settings (focalcal.train.Training) of a study for one loss, and that loss's own settings.
 
     Later blocks win: shared.protocol, the study's training, shared.losses.<loss>, the study's exceptions for the
     loss. In the last two, names that are no training setting belong to the loss function.
     """
+    from focalcal.train import Training  # here, since torch takes seconds to import and most chapters do without
+
+    kind = checked(Training, frozen=True, config=ConfigDict(extra="forbid", strict=True))
     values = params()
     entry, shared = _study(values, name), values["shared"]
     if loss not in shared["losses"]:
@@ -132,11 +133,11 @@ def training(name: str, loss: str) -> tuple[Training, dict]:
         f"shared.losses.{loss}": _block(shared["losses"], loss, f"shared.losses.{loss}"),
         f"studies.{name}.exceptions.{loss}": entry.exceptions.get(loss, {}),
     }
-    known, merged, where, special = names(Training), {}, {}, {}
+    known, merged, where, special = names(kind), {}, {}, {}
     for number, (place, block) in enumerate(blocks.items()):
         for key, value in block.items():
             if key in known or number < 2:
                 merged[key], where[key] = value, place
             else:
                 special[key] = value
-    return build(Training, merged, where), special
+    return build(kind, merged, where), special

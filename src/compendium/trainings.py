@@ -54,15 +54,17 @@ def complete(jobs: list[Job], runs: list[Run], data: dict[str, Split], prepared:
     data: feed.splits of prepared. Runs of one study and seed; a bar shows how far they are. Raises FloatingPointError
     if a loss stops being finite, and RuntimeError if another process trains one of them.
     """
-    begun, (study, _, seed, config, _) = time.perf_counter(), jobs[0]
-    train.set_numerics(config, runs[0].fast, runs[0].device)
+    begun, first = time.perf_counter(), jobs[0]
+    train.set_numerics(first.settings, runs[0].fast, runs[0].device)
     with ExitStack() as claims:
-        keys = [key(job, runs[0].device) for job in jobs]
-        folders = [claims.enter_context(checkpoints.claim(*job[:3], key)) for job, key in zip(jobs, keys, strict=True)]
+        folders = []
+        for job in jobs:
+            claimed = checkpoints.claim(job.study, job.loss, job.seed, key(job, runs[0].device))
+            folders.append(claims.enter_context(claimed))
         checkpoints.resume(runs, folders)
-        label = " ".join([study, *(job.loss for job in jobs), str(seed)])
-        rows = checkpoints.keep(train.train_together(runs, data, seed), runs, folders)
-        for _ in progress(rows, len(runs[0].history), config.epochs, len(runs) * len(data["train"]), label):
+        rows = checkpoints.keep(train.train_together(runs, data, first.seed), runs, folders)
+        label = f"{first.study} {' '.join(job.loss for job in jobs)} {first.seed}"
+        for _ in progress(rows, len(runs[0].history), first.settings.epochs, len(runs) * len(data["train"]), label):
             pass
         for job, run in zip(jobs, runs, strict=True):
             shifted = predict_shifted(run.model, prepared, run.device)

@@ -73,18 +73,18 @@ def _classwise(probs, labels, counts, bins: int) -> np.ndarray:
     return errors / n / (labels.max() + 1)
 
 
-def interval(value: float, resampled: np.ndarray, metric: str, level: float = LEVEL) -> tuple[float, float]:
+def interval(value: float, resampled: np.ndarray, metric: str) -> tuple[float, float]:
     """Where the mean of a metric over test sets of this size lies, measured once as ``value``: (low, high).
 
     The percentile interval of the resampled values (Mukhoti et al. 2020), less their bias, mean(resampled) - value:
     resampling adds noise to every bin, and binned errors add up absolute values, in which noise does not cancel. The
     same bias is in ``value`` once, and stays there. Cut to what the metric, a name in metrics.METRICS, can be.
     """
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2]) - (np.mean(resampled) - value)
+    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) - (np.mean(resampled) - value)
     return max(0.0, float(low)), min(LARGEST.get(metric, 1.0), float(high))
 
 
-def difference(ours: np.ndarray, theirs: np.ndarray, resampled_ours, resampled_theirs, level=LEVEL) -> dict[str, float]:
+def difference(ours: np.ndarray, theirs: np.ndarray, resampled_ours, resampled_theirs) -> dict[str, float]:
     """Mean paired difference of a metric between two losses, its interval and p-value.
 
     ours, theirs: a value per seed (S,); resampled_*: (S, resamples), from the same resamples. The standard error joins
@@ -97,7 +97,7 @@ def difference(ours: np.ndarray, theirs: np.ndarray, resampled_ours, resampled_t
     error = np.sqrt(of_test + of_seeds)
     freedom = (seeds - 1) * (of_test + of_seeds) ** 2 / of_seeds**2 if of_seeds > 0 else np.inf
     p = 2 * stats.t.sf(abs(gap.mean()) / error, freedom) if error > 0 else float(gap.mean() == 0)
-    half = stats.t.ppf((1 + level) / 2, freedom) * error
+    half = stats.t.ppf((1 + LEVEL) / 2, freedom) * error
     return {"difference": gap.mean(), "low": gap.mean() - half, "high": gap.mean() + half, "p": float(p)}
 
 
@@ -126,7 +126,7 @@ def best_and_tied(values: dict, draws: dict) -> tuple[str, list[str]]:
     best, pairs = min(values, key=lambda name: np.mean(values[name])), list(combinations(values, 2))
     found = [difference(values[one], values[other], draws[one], draws[other]) for one, other in pairs]
     judged = verdicts([row["difference"] for row in found], holm([row["p"] for row in found]))
-    undecided = [set(pair) for pair, said in zip(pairs, judged, strict=True) if said == "not distinguishable"]
+    undecided = [set(pair) for pair, verdict in zip(pairs, judged, strict=True) if verdict == "not distinguishable"]
     return best, [name for name in values if {best, name} in undecided]
 
 
@@ -138,7 +138,7 @@ def debiased_error(logits, labels, bins: int = metrics.BINS) -> float:
     """
     confidence, correct = metrics.confidence_correct(logits, labels)
     edges = metrics.equal_mass_edges(confidence, bins)
-    count, confident, right = (sums for sums in metrics.bin_sums(confidence, correct, edges))
+    count, confident, right = metrics.bin_sums(confidence, correct, edges)
     filled = count > 1
     count, confident, right = count[filled], confident[filled] / count[filled], right[filled] / count[filled]
     squared = (confident - right) ** 2 - right * (1 - right) / (count - 1)

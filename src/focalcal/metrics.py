@@ -62,7 +62,7 @@ def equal_width_edges(bins: int = BINS) -> np.ndarray:
 
 
 def equal_width_index(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
-    """The equal-width bin of each float32 value: as bin_sums finds it, but faster where there are millions."""
+    """The equal-width bin of each float32 value: as bin_index finds it, but faster where there are millions."""
     edges = np.append(equal_width_edges(bins), np.float32(np.inf))
     index = (confidence * np.float32(bins)).astype(np.intp)
     index -= (confidence <= edges[index]) & (index > 0)  # products round
@@ -76,15 +76,18 @@ def equal_mass_edges(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
     return np.interp(np.linspace(0, n, bins + 1), np.arange(n), np.sort(confidence)).astype(np.float32)
 
 
-def bin_sums(confidence, correct, edges) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per bin: number of samples, sum of confidences, number correct; each (bins,) float64.
+def bin_index(values, edges) -> np.ndarray:
+    """The bin of each value, by its float32: the one binning of this package, but for ``equal_width_index``.
 
-    The one binning of this package, but for ``equal_width_index``, which is faster where there are millions of values.
     Values at or below the first edge go to the first bin, values above the last edge to the last. (The published
     adaptive ECE drops its least confident sample; here it counts.)
     """
-    bins = len(edges) - 1
-    index = np.searchsorted(edges[1:-1], np.asarray(confidence, np.float32), side="left")
+    return np.searchsorted(edges[1:-1], np.asarray(values, np.float32), side="left")
+
+
+def bin_sums(confidence, correct, edges) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per bin: number of samples, sum of confidences, number correct; each (bins,) float64."""
+    bins, index = len(edges) - 1, bin_index(confidence, edges)
     confidence, correct = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
     sums = [np.bincount(index, weights, bins) for weights in (np.ones(len(index)), confidence, correct)]
     return sums[0], sums[1], sums[2]

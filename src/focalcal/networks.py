@@ -76,11 +76,11 @@ def wide_resnet26_10(num_classes: int, in_channels: int = 3) -> nn.Module:
     return model
 
 
-def _torchvision_resnet(block: str, layers: list[int], num_classes: int, in_channels: int, pooled: int = 1):
+def _bottleneck_resnet(layers: list[int], num_classes: int, in_channels: int, pooled: int = 1):
     """torchvision's ResNet with a 3x3 stem of stride 1 and no max-pool, as [M] uses for small images."""
     from torchvision.models import resnet  # slow to import, so only where it is used
 
-    model = resnet.ResNet(getattr(resnet, block), layers)
+    model = resnet.ResNet(resnet.Bottleneck, layers)
     model.conv1 = nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False)
     model.maxpool = nn.Identity()
     model.avgpool = nn.AdaptiveAvgPool2d(pooled)
@@ -96,24 +96,19 @@ def _default_initialisation(model: nn.Module) -> nn.Module:
     return model
 
 
-def resnet18(num_classes: int, in_channels: int = 3) -> nn.Module:
-    """ResNet-18 [H] for small images: 11.2 million parameters."""
-    return _default_initialisation(_torchvision_resnet("BasicBlock", [2, 2, 2, 2], num_classes, in_channels))
-
-
 def resnet50(num_classes: int, in_channels: int = 3) -> nn.Module:
     """ResNet-50 [H] for small images, as in [M]: 23.5 million parameters."""
-    return _default_initialisation(_torchvision_resnet("Bottleneck", [3, 4, 6, 3], num_classes, in_channels))
+    return _default_initialisation(_bottleneck_resnet([3, 4, 6, 3], num_classes, in_channels))
 
 
 def resnet110(num_classes: int, in_channels: int = 3) -> nn.Module:
     """What [M] calls ResNet-110: bottleneck blocks [3, 4, 26, 3], not the CIFAR network of [H]."""
-    return _default_initialisation(_torchvision_resnet("Bottleneck", [3, 4, 26, 3], num_classes, in_channels))
+    return _default_initialisation(_bottleneck_resnet([3, 4, 26, 3], num_classes, in_channels))
 
 
 def resnet50_tiny_imagenet(num_classes: int, in_channels: int = 3) -> nn.Module:
     """The ResNet-50 that [M] uses on Tiny-ImageNet: pooled to 2x2, and initialised after He et al. 2015."""
-    return _torchvision_resnet("Bottleneck", [3, 4, 6, 3], num_classes, in_channels, pooled=2)
+    return _bottleneck_resnet([3, 4, 6, 3], num_classes, in_channels, pooled=2)
 
 
 def densenet121(num_classes: int, in_channels: int = 3) -> nn.Module:
@@ -131,7 +126,6 @@ def densenet121(num_classes: int, in_channels: int = 3) -> nn.Module:
 NETWORKS = {
     "small_resnet": small_resnet,
     "resnet20": resnet20,
-    "resnet18": resnet18,
     "resnet50": resnet50,
     "resnet50_tiny_imagenet": resnet50_tiny_imagenet,
     "resnet110": resnet110,

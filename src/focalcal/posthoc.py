@@ -87,18 +87,14 @@ def isotonic(logits, labels):
 def histogram(logits, labels, bins: int = metrics.BINS):
     """The share of each class in bins of equal mass of its probability, one against the rest, scaled to sum 1 [Z]."""
     probs = np.exp(metrics.log_softmax(logits))
-    edges = [metrics.equal_mass_edges(p, bins)[1:-1] for p in probs.T]
-    shares = []
-    for k, (inner, p) in enumerate(zip(edges, probs.T, strict=True)):
-        index = np.searchsorted(inner, p.astype(np.float32))
-        count = np.bincount(index, minlength=bins)
-        shares.append(np.bincount(index, labels == k, bins) / np.maximum(count, 1))
+    edges = [metrics.equal_mass_edges(p, bins) for p in probs.T]
+    sums = [metrics.bin_sums(p, labels == k, e) for k, (p, e) in enumerate(zip(probs.T, edges, strict=True))]
+    shares = [right / np.maximum(count, 1) for count, _, right in sums]
 
     def apply(z):
-        columns = np.exp(metrics.log_softmax(z)).T.astype(np.float32)
-        return _log(
-            np.stack([s[np.searchsorted(e, c)] for s, e, c in zip(shares, edges, columns, strict=True)], axis=1)
-        )
+        columns = np.exp(metrics.log_softmax(z)).T
+        found = [share[metrics.bin_index(p, e)] for share, p, e in zip(shares, columns, edges, strict=True)]
+        return _log(np.stack(found, axis=1))
 
     return apply
 

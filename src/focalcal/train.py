@@ -23,7 +23,7 @@ from focalcal import calibrate, metrics, networks  # noqa: E402
 from focalcal.feed import Batches, Split  # noqa: E402
 
 GRADIENT_FRACTIONS = (10 / 350, 100 / 350, 200 / 350)  # the papers' histograms: epochs 10, 100, 200 of 350
-EVALUATION_BATCH = {"cpu": 250}  # samples; larger ones fall out of a CPU cache
+CPU_BATCH, GPU_BATCH = 250, 2500  # samples of an evaluation; on a CPU, larger ones fall out of its cache
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def device() -> torch.device:
 def predict(model: nn.Module, split: Split) -> np.ndarray:
     """Logits (N, K), float32, in evaluation mode."""
     model.eval()
-    batches = split.images.split(EVALUATION_BATCH.get(split.images.device.type, 2500))
+    batches = split.images.split(CPU_BATCH if split.images.device.type == "cpu" else GPU_BATCH)
     return torch.cat([model(split.normalise(batch)).float() for batch in batches]).cpu().numpy()
 
 
