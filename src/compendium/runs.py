@@ -94,7 +94,7 @@ def metrics(study: str, only=()) -> pd.DataFrame:
 
 def _table(study: str, name: str, only) -> pd.DataFrame:
     table = pd.read_csv(paths.existing(paths.study(study) / name), keep_default_na=False)
-    return table[table.loss.isin(losses_and_seeds(study, only)[0])].reset_index(drop=True)
+    return table[table.loss.isin(losses_and_seeds(study, only)[0])].reset_index(drop=True) if only else table
 
 
 def results(study: str, how: str = "mean", only=()) -> pd.DataFrame:
