@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import yaml
+from tiny import COMPENDIUM, DEADLINE, parameters, until, write_parameters
 
 LOSSES = ["focal3", "adafocal"]
 
@@ -24,20 +24,16 @@ def compendium(folder: Path, epochs: int) -> Path:
     """A folder with a study 'tiny', its data prepared."""
     folder.mkdir()
     (folder / "dvc.yaml").touch()
-    training = {"network": "small_resnet", "epochs": epochs, "milestones": [epochs // 2], "augment": True}
-    study = {"data": {"dataset": "digits", "train": 300, "val": 100, "test": 100}, "training": training}
-    shared = {"protocol": {}, "losses": dict.fromkeys(LOSSES)}
-    active = {"studies": ["tiny"], "published": [], "losses": LOSSES, "seeds": [0]}
-    (folder / "params.yaml").write_text(
-        yaml.safe_dump({"active": active, "shared": shared, "studies": {"tiny": study}})
-    )
-    subprocess.run([sys.executable, "-m", "focalcal.data", "--prepare", "tiny"], cwd=folder, check=True)
+    values = parameters(LOSSES)
+    values["studies"]["tiny"]["data"] |= {"test": 100, "shifted": []}
+    values["studies"]["tiny"]["training"] |= {"epochs": epochs, "milestones": [epochs // 2], "augment": True}
+    write_parameters(folder, values)
+    subprocess.run([*COMPENDIUM, "data", "--prepare", "tiny"], cwd=folder, check=True, timeout=DEADLINE)
     return folder
 
 
 def start(folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "focalcal.train", "tiny", *LOSSES]
-    environment = os.environ | {"FOCALCAL_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    command, environment = [*COMPENDIUM, "train", "tiny", *LOSSES], os.environ | {"FOCALCAL_DEVICE": "cpu"}
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -47,28 +43,37 @@ def results(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+def newest(folder: Path) -> int:
+    """The last epoch with a checkpoint; 0 if there is none."""
+    saved = folder.glob("scratch/tiny/*/*/[0-9]*.safetensors")
+    return max((int(path.name.split("-")[0]) for path in saved), default=0)
+
+
+def trained(process: subprocess.Popen, folder: Path, epochs: int) -> None:
+    """Wait until a process has saved that many epochs more, or has ended."""
+    before = newest(folder)
+    until(lambda: newest(folder) >= before + epochs or process.poll() is not None, every=0.01)
+
+
 def main(kills: int, seed: int = 0) -> None:
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as scratch:
-        alone, killed = (compendium(Path(scratch) / name, 30 * kills + 10) for name in ("alone", "killed"))
+        alone, killed = (compendium(Path(scratch) / name, 20 * kills + 10) for name in ("alone", "killed"))
         process = start(alone)
-        assert process.communicate() is not None and process.returncode == 0
+        assert process.communicate(timeout=DEADLINE) and process.returncode == 0
         count = 0
         while True:
             process = start(killed)
             if count < kills:
-                if chance.random() < 0.8:
-                    process.stdout.read(1)  # the progress bar: training has begun; else killed while starting
-                time.sleep(chance.uniform(0, 0.7))
+                if chance.random() < 0.8:  # else while it starts
+                    trained(process, killed, chance.randint(1, 5))
+                time.sleep(chance.uniform(0, 0.3))
                 process.send_signal(signal.SIGKILL)
-            output = process.communicate()[0].decode()
+            output = process.communicate(timeout=DEADLINE)[0].decode()
             if process.returncode != -signal.SIGKILL:
                 break
             count += 1
-            saved = sorted(path.name for path in killed.glob("scratch/tiny/*/*/[0-9]*.safetensors"))
-            print(
-                f"kill {count}: checkpoints of epochs {sorted({int(name.split('-')[0]) for name in saved})}", flush=True
-            )
+            print(f"kill {count}: epoch {newest(killed)} is saved", flush=True)
         assert process.returncode == 0, output
         same = results(alone) == results(killed) and len(results(alone)) == 10
         left = [

@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import yaml
-from tiny import call, commit, repository
+from tiny import REPOSITORY, call, commit, repository
 
 from compendium import stages, tasks
-from focalcal.losses import LOSSES
 
+LOSSES = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["active"]["losses"]  # a dozen
 TRIVIAL = """import pathlib, sys
 study, loss, seed = sys.argv[1:]
 for name in (f"notebooks/02_train/{loss}-{seed}.ipynb", f"runs/{loss}/{seed}/history.csv",
@@ -37,7 +37,7 @@ def timed(what, function, *arguments):
 def measure(folder: Path, count: int, everything: bool) -> None:
     print(f"{count} trainings", flush=True)
     os.chdir(folder.parent)
-    copy = repository(folder, list(LOSSES), count // 12)
+    copy = repository(folder, LOSSES, seeds=count // 12)
     (copy / "trivial.py").write_text(TRIVIAL)
     pipeline = yaml.safe_load((copy / "dvc.yaml").read_text())
     pipeline["stages"]["train"]["cmd"] = "python trivial.py ${item.study} ${item.loss} ${item.seed}"
@@ -52,11 +52,11 @@ def measure(folder: Path, count: int, everything: bool) -> None:
         (copy / "dvc.lock").write_text(lock)
 
     cache = str(copy / ".dvc" / "cache")
-    away = {"commit": "HEAD", "lock": copy / "dvc.lock", "cache": cache, "folder": tempfile.gettempdir()}
+    clone_settings = {"commit": "HEAD", "lock": copy / "dvc.lock", "cache": cache, "folder": tempfile.gettempdir()}
     collected = {}
     for first in range(0, count, 48):  # as on a cluster, but 48 stages a clone
         part = names[first : first + 48]
-        with tasks.clone(copy, "part", **away) as made:
+        with tasks.clone(copy, "part", **clone_settings) as made:
             call(made, "dvc", "checkout", "strip", "prepare@tiny")
             call(made, "dvc", "repro", "--single-item", *part)
             entries = tasks.load_yaml(made / "dvc.lock")["stages"]
@@ -66,7 +66,7 @@ def measure(folder: Path, count: int, everything: bool) -> None:
     timed("dvc repro, nothing to do", call, copy, "dvc", "repro", "train")
     timed("dvc repro --single-item of one stage, forced", call, copy, "dvc", "repro", "-f", "-s", names[0])
     (copy / "scratch").mkdir(exist_ok=True)
-    task = tasks.Task(copy, {"FOCALCAL_SCRATCH": str(copy / "scratch")}, away)
+    task = tasks.Task(copy, {"FOCALCAL_SCRATCH": str(copy / "scratch")}, clone_settings)
     timed("one task of a cluster: clone, checkout, stage", task, names[0], ("strip", "prepare@tiny"))
 
 

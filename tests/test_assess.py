@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from compendium import assess, paths
+from compendium.__main__ import main
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -29,10 +30,11 @@ def arrays(seed=0, n=400, sharpness=3.0):
     return {"val_logits": logits, "val_labels": labels, "test_logits": logits[::-1], "test_labels": labels[::-1]}
 
 
+@pytest.mark.whole
 def test_two_models_from_elsewhere_get_every_table_and_figure(compendium):
     paths.write_npz(Path("vit.npz"), **arrays(0))
     paths.write_npz(Path("forest.npz"), **arrays(1, sharpness=1.0))
-    assess.main(["mine", "vit.npz", "forest.npz"])
+    main(["assess", "mine", "vit.npz", "forest.npz"])
     figures = compendium / "figures" / "mine"
     intervals = pd.read_csv(figures / "10_evidence/intervals.csv")
     assert set(intervals.loss) == {"vit", "forest"} and (intervals.low <= intervals.high).all()
@@ -73,5 +75,20 @@ def test_studies_are_kept_apart(compendium):
         assess.assess("mine", [Path("one.npz"), Path("two.npz")])
     with pytest.raises(ValueError, match="'fashion' is a study of params.yaml"):
         assess.assess("fashion", [Path("one.npz")])
-    with pytest.raises(SystemExit, match="focalcal: .*none.npz is missing"):
-        assess.main(["mine", "none.npz"])
+
+
+def test_a_file_that_is_missing_or_damaged_is_refused_in_one_sentence_that_does_not_speak_of_dvc(compendium):
+    paths.write_npz(Path("vit.npz"), **arrays())
+    whole = Path("vit.npz").read_bytes()
+    flipped = whole[:3000] + bytes([whole[3000] ^ 1]) + whole[3001:]
+    for content, what in (
+        (whole[:5000], "vit.npz is truncated or damaged (File is not a zip file); make or copy it anew."),
+        (flipped, "vit.npz is truncated or damaged (Bad CRC-32 for file 'val_logits.npy'); make or copy it anew."),
+        (b"", "vit.npz is truncated or damaged (No data left in file); make or copy it anew."),
+        (None, "vit.npz is missing."),
+    ):
+        Path("vit.npz").unlink() if content is None else Path("vit.npz").write_bytes(content)
+        with pytest.raises(SystemExit) as refused:
+            main(["assess", "mine", "vit.npz"])
+        assert str(refused.value) == f"focalcal: {what}"
+    assert not (compendium / "artifacts").exists()

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+import torch
 
-from focalcal import calibrate, metrics
+from focalcal import calibrate, losses, metrics
 
 
 def labels_from(logits, temperature, seed=1):
@@ -61,9 +62,7 @@ def test_gamma_for_gives_the_printed_values():
 
 
 def test_gradient_factor_relates_the_two_losses():
-    torch = pytest.importorskip("torch")
-    from focalcal import losses
-
+    torch.manual_seed(0)
     z, y = torch.randn(20, 4, dtype=torch.float64, requires_grad=True), torch.randint(0, 4, (20,))
     (focal,) = torch.autograd.grad(losses.focal(z, y, 3.0).sum(), z)
     (plain,) = torch.autograd.grad(losses.cross_entropy(z, y).sum(), z)
@@ -71,9 +70,40 @@ def test_gradient_factor_relates_the_two_losses():
     np.testing.assert_allclose(focal, calibrate.gradient_factor(p, 3.0) * plain.numpy(), rtol=1e-6, atol=1e-12)
 
 
+QUARTER = np.array([[2.0, 0.0]] * 4), np.array([0, 0, 0, 1])  # three of four right: T = 2 / log 3, confidence 3 / 4
+HALF = np.array([[2.0, 0.0]] * 2), np.array([0, 1])
+
+
+def test_refinement_is_the_nll_that_no_temperature_takes_away():
+    entropy = -(3 * np.log(3 / 4) + np.log(1 / 4)) / 4
+    for factor in (1, 7):  # scaling the logits is what it does not see
+        assert calibrate.refinement(factor * QUARTER[0], QUARTER[1]) == pytest.approx(entropy, abs=1e-9)
+    assert metrics.nll(*QUARTER) > entropy + 0.05
+
+
+def test_after_scaling_by_hand():
+    """The temperature comes from val; only the refinement of test is by its own."""
+    found = calibrate.after_scaling(QUARTER, HALF)
+    assert found == {
+        "val_refinement": pytest.approx(-(3 * np.log(3 / 4) + np.log(1 / 4)) / 4),
+        "test_refinement": pytest.approx(np.log(2), abs=1e-4),  # a coin, at T = 100
+        "val_temperature": pytest.approx(2 / np.log(3), rel=1e-6),
+        "test_nll_scaled": pytest.approx(-(np.log(3 / 4) + np.log(1 / 4)) / 2, rel=1e-6),
+        "test_ece_scaled": pytest.approx(3 / 4 - 1 / 2, abs=1e-6),
+    }
+
+
+def test_three_temperatures():
+    found = calibrate.temperatures(*QUARTER)
+    assert found == {"none": 1, "nll": pytest.approx(2 / np.log(3)), "ece": 1.8}  # the grid's next to 1.82
+
+
 def test_measure_gives_every_metric_under_every_scaling():
-    logits = np.random.default_rng(0).normal(size=(60, 3))
-    chosen = calibrate.temperatures(logits, labels_from(logits, 1.5))
-    rows = calibrate.measure({"test": (logits, labels_from(logits, 1.5, seed=2))}, chosen)
-    assert len(rows) == 3 * len(metrics.METRICS)
-    assert len({row["value"] for row in rows if row["metric"] == "error"}) == 1
+    rows = calibrate.measure({"val": QUARTER, "test": HALF}, {"none": 1.0, "nll": 2 / np.log(3)})
+    value = {(row["split"], row["scaling"], row["metric"]): row["value"] for row in rows}
+    assert len(rows) == len(value) == 2 * 2 * (len(metrics.METRICS) + 1)
+    assert [row["metric"] for row in rows[:8]] == [*metrics.METRICS, "confidence"]
+    assert value["test", "none", "error"] == value["test", "nll", "error"] == 1 / 2
+    assert value["test", "nll", "confidence"] == pytest.approx(3 / 4, abs=1e-6)
+    assert value["val", "nll", "ece"] == pytest.approx(0, abs=1e-6)
+    assert value["val", "none", "nll"] == metrics.nll(*QUARTER)

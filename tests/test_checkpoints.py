@@ -1,88 +1,139 @@
 """Interrupted trainings. tests/kills.py does the same with many real kills."""
 
 import errno
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import kills
 import numpy as np
 import pytest
 import torch
+from helpers import new_run, protocol, squares
 from safetensors.torch import load_file
 
 from compendium import checkpoints, paths
-from focalcal import feed, losses, networks, train
-from focalcal.train import Training
+from focalcal import feed, train
 
-SETTINGS = Training(network="small_resnet", epochs=6, milestones=[3, 5], batch_size=64)
+SETTINGS = protocol(epochs=6, milestones=[3, 5])
 
 
 @pytest.fixture(scope="module")
 def images():
-    rng = np.random.default_rng(0)
-    prepared = {"mean": np.array([0.5]), "std": np.array([0.3])}
-    for split, n in (("train", 100), ("val", 40), ("test", 40)):
-        prepared[f"{split}_images"] = rng.integers(0, 255, (n, 8, 8, 1)).astype(np.uint8)
-        prepared[f"{split}_labels"] = rng.integers(0, 3, n)
-    return feed.splits(prepared, torch.device("cpu"))
+    return feed.splits(squares(100, 40, 40), torch.device("cpu"))
 
 
-def new_run(loss="adafocal"):
-    return train.Run(networks.make("small_resnet", 3, 1, 0), losses.make(loss), SETTINGS)
+def kept(run, images, folder):
+    """The rows of a training that goes on from its checkpoints and writes new ones."""
+    checkpoints.resume([run], [folder])
+    return checkpoints.keep(train.train_together([run], images, 0), [run], [folder])
 
 
 def interrupted(images, folder, after):
     """Train until an epoch is saved, then stop as an exception in the notebook would."""
-    rows = train.train(new_run(), images, 0, folder)
+    rows = kept(new_run("adafocal", SETTINGS), images, folder)
     for _ in range(after):
         next(rows)
     rows.close()
 
 
-def finished(images, folder=None):
-    run = new_run()
-    rows = list(train.train(run, images, 0, folder))
-    return rows, {name: tensor.clone() for name, tensor in run.tensors().items()}, run.gradients
+def finished(images, folder):
+    run = new_run("adafocal", SETTINGS)
+    for _ in kept(run, images, folder):
+        pass
+    return run
 
 
-def same(a, b):
-    rows, tensors, gradients = zip(a, b, strict=True)
-    assert repr(rows[0]) == repr(rows[1]) and len(rows[0]) == SETTINGS.epochs
-    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
-    assert all(np.array_equal(gradients[0][epoch], gradients[1][epoch]) for epoch in train.gradient_epochs(6))
+@pytest.fixture(scope="module")
+def whole(images):
+    """The training without checkpoints."""
+    run = new_run("adafocal", SETTINGS)
+    for _ in train.train(run, images, 0):
+        pass
+    return run
+
+
+def same(run, other):
+    assert repr(run.history) == repr(other.history) and len(run.history) == SETTINGS.epochs
+    assert all(torch.equal(tensor, other.tensors()[name]) for name, tensor in run.tensors().items())
+    assert all(np.array_equal(run.gradients[epoch], other.gradients[epoch]) for epoch in train.gradient_epochs(6))
 
 
 @pytest.mark.parametrize("after", [1, 4, 6])
-def test_a_resumed_training_ends_bit_for_bit_as_an_uninterrupted_one(images, tmp_path, after):
+def test_a_resumed_training_ends_bit_for_bit_as_an_uninterrupted_one(images, whole, tmp_path, after):
     interrupted(images, tmp_path, after)
     (tmp_path / ".part-7-00009-1234abcd.safetensors").write_bytes(b"killed while writing this")
     assert list(checkpoints.epochs(tmp_path)) == [after - 1, after][after == 1 :]
-    same(finished(images), finished(images, tmp_path))
+    same(whole, finished(images, tmp_path))
 
 
+def test_a_training_whose_process_is_killed_ends_as_an_uninterrupted_one(images, whole, tmp_path):
+    code = f"""
+import os, pathlib, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_checkpoints as t, torch
+images = t.feed.splits(t.squares(100, 40, 40), torch.device("cpu"))
+for number, _ in enumerate(t.kept(t.new_run("adafocal", t.SETTINGS), images, pathlib.Path({str(tmp_path)!r}))):
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert max(checkpoints.epochs(tmp_path)) in (3, 4)  # the fourth was being written
+    same(whole, finished(images, tmp_path))
+
+
+@pytest.mark.whole
 def test_real_kills(capfd):
     kills.main(3, seed=1)
     assert "3 kills; 10 files, all equal; left over: []" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b""])
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(images, tmp_path, capsys, damage):
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(images, whole, tmp_path, capsys, damage):
     interrupted(images, tmp_path, 4)
     newest = checkpoints.epochs(tmp_path)[4]
     newest.write_bytes(damage(newest.read_bytes()))
-    same(finished(images), finished(images, tmp_path))
+    run = new_run("adafocal", SETTINGS)
+    checkpoints.resume([run], [tmp_path])
+    assert len(run.history) == 3 and repr(run.history) == repr(whole.history[:3])
     assert f"checkpoint {newest.name} is damaged" in capsys.readouterr().err
-    assert newest.with_suffix(".damaged").is_file()
+    assert newest.with_suffix(".damaged").is_file() and list(checkpoints.epochs(tmp_path)) == [3]
+    same(whole, finished(images, tmp_path))
+
+
+def test_runs_together_resume_where_all_of_them_are(images, tmp_path):
+    names = ["focal", "adafocal"]
+    folders = [tmp_path / name for name in names]
+
+    def resumed():
+        runs = [new_run(name, SETTINGS) for name in names]
+        checkpoints.resume(runs, folders)
+        return runs
+
+    runs = resumed()
+    rows = checkpoints.keep(train.train_together(runs, images, 0), runs, folders)
+    for _ in range(3):
+        next(rows)
+    rows.close()
+    assert [len(run.history) for run in resumed()] == [3, 3]
+    checkpoints.epochs(folders[1])[3].unlink()  # as if killed between the two files of an epoch
+    assert [len(run.history) for run in resumed()] == [2, 2]
+    checkpoints.epochs(folders[1])[2].unlink()
+    assert [len(run.history) for run in resumed()] == [0, 0]
 
 
 def test_two_processes_on_one_run(tmp_path, monkeypatch):
     monkeypatch.setenv("FOCALCAL_SCRATCH", str(tmp_path))
-    code = "from focalcal import checkpoints\nwith checkpoints.claim('s', 'brier', 0, 'k'): print('in')"
+    code = "from compendium import checkpoints\nwith checkpoints.claim('s', 'brier', 0, 'k'): print('in')"
     with checkpoints.claim("s", "brier", 0, "k"):
         second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "Another process is training s, brier, seed 0; wait for it or stop it" in second.stderr
+        with checkpoints.claim("s", "brier", 1, "k") as folder:
+            assert folder == tmp_path / "s/brier-1/k"  # another seed is free
+    assert "RuntimeError: Another process is training s, brier, seed 0; wait for it or stop it" in second.stderr
     assert second.returncode == 1 and second.stdout == ""
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "in\n"
+    with checkpoints.claim("s", "brier", 0, "k") as folder:
+        assert folder.is_dir()
 
 
 def test_the_scratch_folder_goes_only_when_all_is_written(tmp_path, monkeypatch):
@@ -101,13 +152,22 @@ def test_the_scratch_folder_goes_only_when_all_is_written(tmp_path, monkeypatch)
     assert not folder.exists()
 
 
-def test_a_training_that_had_come_to_its_end_is_not_trained_again(images, tmp_path, monkeypatch):
-    whole = finished(images, tmp_path)
+def test_another_configurations_checkpoints_are_not_taken_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("FOCALCAL_SCRATCH", str(tmp_path))
+    with pytest.raises(KeyboardInterrupt), checkpoints.claim("s", "brier", 0, "old") as folder:
+        checkpoints.write(folder, 1, {"x": torch.ones(2)}, [])
+        raise KeyboardInterrupt
+    with checkpoints.claim("s", "brier", 0, "new") as folder:
+        assert checkpoints.epochs(folder) == {}
+
+
+def test_a_training_that_had_come_to_its_end_is_not_trained_again(images, whole, tmp_path, monkeypatch):
+    finished(images, tmp_path)
     monkeypatch.setattr(train, "take_step", lambda *_: pytest.fail("a step was taken"))
     same(whole, finished(images, tmp_path))
 
 
-def test_a_full_disk_stops_the_training_and_keeps_the_last_good_checkpoint(images, tmp_path, monkeypatch):
+def test_a_full_disk_stops_the_training_and_keeps_the_last_good_checkpoint(images, whole, tmp_path, monkeypatch):
     interrupted(images, tmp_path, 2)
 
     def full(*_):
@@ -118,10 +178,10 @@ def test_a_full_disk_stops_the_training_and_keeps_the_last_good_checkpoint(image
         finished(images, tmp_path)
     monkeypatch.undo()
     assert list(checkpoints.epochs(tmp_path)) == [1, 2] and not list(tmp_path.glob(".part*"))
-    same(finished(images), finished(images, tmp_path))
+    same(whole, finished(images, tmp_path))
 
 
 def test_a_checkpoint_holds_tensors_and_text_only(images, tmp_path):
     interrupted(images, tmp_path, 2)
     saved = load_file(checkpoints.epochs(tmp_path)[2])
-    assert {"model.0.weight", "momentum.0.weight", "loss.gamma", "gradients.1"} <= set(saved)
+    assert {"model.0.weight", "momentum.0.weight", "loss.gamma", "loss.samples", "gradients.1"} <= set(saved)

@@ -68,7 +68,7 @@ def test_seeds_widen_the_interval():
 def test_holm_by_hand():
     assert evidence.holm([0.01, 0.04, 0.03]).tolist() == pytest.approx([0.03, 0.06, 0.06])
     assert evidence.holm([0.5, 0.9]).tolist() == [1, 1]
-    verdicts = evidence.verdicts([-0.1, 0.1, -0.1], [0.1, 0.01, 0.2])
+    verdicts = evidence.verdicts([-0.1, 0.1, -0.1], [0.1, 0.01, 0.1001])
     assert verdicts == ["better", "worse", "not distinguishable"]
 
 

@@ -1,22 +1,24 @@
-"""The grid on this machine: the real command, on a tiny study in a copy of this repository."""
+"""The grid on this machine: what it refuses and asks for, and the real command on a tiny study in a copy."""
 
 import os
 import re
+import shutil
+import signal
 import subprocess
-import sys
-import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
-from tiny import call, environment, repository
+from dvc.repo import Repo
+from tiny import COMPENDIUM, DEADLINE, REPOSITORY, call, environment, parameters, repository, until, write_parameters
 
+from compendium import __main__ as command_line
 from compendium import grid, stages, tasks
 from focalcal import train
 
 LOSSES = ["cross_entropy", "label_smoothing", "focal3"]
-GRID = (sys.executable, "-m", "focalcal.grid")
+GRID = (*COMPENDIUM, "grid")
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +26,50 @@ def copy(tmp_path_factory):
     return repository(tmp_path_factory.mktemp("copy"), LOSSES, more_losses={"label_smoothing": {"alpha": 7.0}})
 
 
+@pytest.fixture
+def bare(tmp_path, monkeypatch):
+    """The working directory: the pipeline of this repository without anything to run it on or with."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for name in ("dvc.yaml", "data.dvc"):
+        shutil.copy(REPOSITORY / name, folder)
+    write_parameters(folder, parameters(LOSSES))
+    (folder / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    (folder / "published").mkdir()
+    subprocess.run(["git", "init", "-q", folder], check=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("FOCALCAL_SCRATCH", raising=False)
+    Repo.init(str(folder)).close()
+    return folder
+
+
+@pytest.fixture
+def handlers_kept():
+    """Signals do afterwards what they did before; a grid's command changes that."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@contextmanager
+def started(copy):
+    """`grid run`, stopped at the end if it still runs; what it prints can be read as text."""
+    with subprocess.Popen([*GRID, "run"], cwd=copy, env=environment(copy), stdout=subprocess.PIPE, text=True) as head:
+        try:
+            yield head
+        finally:
+            if head.poll() is None:
+                head.terminate()
+                head.communicate(timeout=DEADLINE)
+
+
+def saved(copy) -> list[str]:
+    """Names of the checkpoints of the long training, oldest first."""
+    return sorted(path.name for path in (copy / "scratch/tiny").glob("focal3-0/*/[0-9]*.safetensors"))
+
+
+@pytest.mark.whole
 def test_one_stage_fails_the_others_finish_and_dvc_has_nothing_left_to_run(copy):
     output = call(copy, *GRID, "run", "--jobs", "2", fails=True)
     states = dict(re.findall(r"^(train@[^\s:]+) +(\w+)", output, re.M))
@@ -32,7 +78,6 @@ def test_one_stage_fails_the_others_finish_and_dvc_has_nothing_left_to_run(copy)
     assert "2 of 3 stages are done.\n`grid run` again runs those that are not done." in output
     for loss in ("cross_entropy", "focal3"):
         log = re.search(rf"^train@tiny-{loss}-0 .* (\S+)$", output, re.M)[1]
-        assert '"threads": 1,' in (copy / "artifacts/tiny/provenance" / f"{loss}-0.json").read_text()
         assert "epoch" in (copy / log).read_text()
     (copy / "params.yaml").write_text((copy / "params.yaml").read_text().replace("alpha: 7.0", "alpha: 0.1"))
     output = call(copy, *GRID, "run", "--jobs", "2")
@@ -41,68 +86,80 @@ def test_one_stage_fails_the_others_finish_and_dvc_has_nothing_left_to_run(copy)
     assert "3 of 3 stages are up to date" in call(copy, *GRID, "run")
 
 
+@pytest.mark.whole
+def test_a_grid_leaves_the_bytes_of_dvc_repro_whatever_threads_there_are(copy):
+    def contents():
+        study = copy / "artifacts" / "tiny"
+        made = [*study.glob("runs/focal3/0/*"), study / "models/focal3-0.safetensors"]
+        return {path: path.read_bytes() for path in [*made, study / "notebooks/02_train/focal3-0.ipynb"]}
+
+    before = contents()
+    call(copy, "dvc", "repro", "--force", "--single-item", "train@tiny-focal3-0", OMP_NUM_THREADS="3")
+    assert contents() == before and len(before) == 6
+
+
+@pytest.mark.whole
 def test_a_stopped_grid_goes_on(copy):
-    parameters = yaml.safe_load((copy / "params.yaml").read_text())
-    parameters["studies"]["tiny"]["exceptions"]["focal3"] = {"epochs": 400}
-    (copy / "params.yaml").write_text(yaml.safe_dump(parameters))
-    head = subprocess.Popen([*GRID, "run"], cwd=copy, env=environment(copy), stdout=subprocess.PIPE, text=True)
-    saved = []
-    while not saved:
-        assert head.poll() is None
-        saved = list((copy / "scratch/tiny").glob("focal3-0/*/[0-9]*.safetensors"))
-        time.sleep(0.05)
-    assert "running" in call(copy, *GRID, "status", fails=True)
-    assert "is being stopped" in call(copy, *GRID, "cancel")
-    assert "Stopped; what is done is kept" in head.communicate(timeout=30)[0] and head.returncode == 130
-    assert list((copy / "scratch/tiny").glob("focal3-0/*/[0-9]*.safetensors"))
+    write_parameters(copy, parameters(LOSSES, exceptions={"focal3": {"epochs": 250, "evaluate_train_every": 250}}))
+    with started(copy) as head:
+        until(lambda: saved(copy) or head.poll() is not None)
+        assert "running" in call(copy, *GRID, "status", fails=True)
+        assert "is being stopped" in call(copy, *GRID, "cancel")
+        assert "Stopped; what is done is kept" in head.communicate(timeout=DEADLINE)[0] and head.returncode == 130
     assert "does not run any more" in call(copy, *GRID, "cancel", fails=True)
 
-    reached = max(path.name for path in (copy / "scratch/tiny").glob("focal3-0/*/[0-9]*.safetensors"))
-    head = subprocess.Popen([*GRID, "run"], cwd=copy, env=environment(copy), stdout=subprocess.DEVNULL)
-    while min((p.name for p in (copy / "scratch/tiny").glob("focal3-0/*/[0-9]*.safetensors")), default="") <= reached:
-        assert head.poll() is None
-        time.sleep(0.05)
-    head.kill()
-    head.wait()
-    assert "is being stopped" in call(copy, *GRID, "cancel"), "also without the process that started it"
-    while "does not run any more" not in call(copy, *GRID, "cancel", fails=None):
-        time.sleep(0.2)
+    reached = saved(copy)[-1]
+    with started(copy) as head:
+        until(lambda: min(saved(copy), default="") > reached or head.poll() is not None)
+        head.kill()
+        assert head.wait() == -signal.SIGKILL, "it was still at work"
+        assert "is being stopped" in call(copy, *GRID, "cancel"), "also without the process that started it"
+        until(lambda: "does not run any more" in call(copy, *GRID, "cancel", fails=None))
     assert "focal3-0 done computed" in " ".join(call(copy, *GRID, "run").split())
 
 
-def test_no_grid_no_cluster_no_commit(copy, tmp_path):
-    for arguments, sentence in (
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
         (["run", "trian@*"], "No stage matches 'trian@*'; `dvc stage list --all` names them."),
-        (["run", "train@*", "scale@*"], "scale@tiny depends on train@tiny-cross_entropy-0, so they cannot run at once"),
+        (
+            ["run", "train@*", "scale@*"],
+            "scale@tiny depends on train@tiny-cross_entropy-0, so they cannot run at once",
+        ),
         (["run", "--jobs", "0"], "--jobs must be 1 or more, got 0."),
         (["run", "--cluster", "slurm.yaml"], "--cluster says what to ask Slurm for; it goes with --executor slurm."),
-        (["run", "--executor", "slrum"], "invalid choice: 'slrum' (choose from"),
-        (["status", "yesterday"], "There is no such grid; started here: 2"),
-    ):
-        output = call(copy, *GRID, *arguments, fails=True)
-        assert sentence in output and "Traceback" not in output
-    for name in ("sbatch", "squeue", "srun"):
-        (tmp_path / name).write_text("#!/bin/sh\n")
-        (tmp_path / name).chmod(0o755)
-    for path, sentence in (
-        (os.environ["PATH"], "There is no sbatch here"),
-        (f"{tmp_path}:{os.environ['PATH']}", "Tasks on the cluster work on a commit; commit first what is not: M"),
-    ):
-        if path.startswith(str(tmp_path)) or grid.shutil.which("sbatch") is None:
-            here = environment(copy) | {"PATH": path}
-            done = subprocess.run(
-                [*GRID, "run", "--executor", "slurm"], cwd=copy, env=here, capture_output=True, text=True
-            )
-            assert done.returncode == 1 and done.stderr.startswith(f"focalcal: {sentence}")
+        (["status", "yesterday"], "There is no such grid; started here: none."),
+        (["cancel"], "There is no such grid; started here: none."),
+    ],
+)
+def test_what_is_no_grid_is_refused_in_one_sentence(bare, handlers_kept, arguments, sentence):
+    with pytest.raises(SystemExit) as refused:
+        command_line.main(["grid", *arguments])
+    assert str(refused.value).startswith(f"focalcal: {sentence}")
 
 
-def test_stages_that_a_clone_cannot_do_are_refused_for_slurm(copy, monkeypatch):
-    monkeypatch.chdir(copy)
+def test_no_cluster_no_commit(bare, handlers_kept, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        command_line.main(["grid", "run", "--executor", "slrum"])
+    assert "invalid choice: 'slrum' (choose from" in capsys.readouterr().err
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    (commands / "git").symlink_to(shutil.which("git"))
+    monkeypatch.setenv("PATH", str(commands))
+    with pytest.raises(SystemExit, match="focalcal: There is no sbatch here"):
+        command_line.main(["grid", "run", "--executor", "slurm"])
+    for name in ("sbatch", "squeue"):
+        (commands / name).touch(0o755)
+    with pytest.raises(SystemExit, match="focalcal: Tasks on the cluster work on a commit; commit first what is not: "):
+        command_line.main(["grid", "run", "--executor", "slurm"])
+
+
+def test_stages_that_a_clone_cannot_do_are_refused_for_slurm(bare):
     with pytest.raises(ValueError, match="analyse@tiny-04_nll_divergence writes files that are not in DVC's cache"):
-        stages.chosen(["analyse@*"], away=True)
+        stages.matching(["analyse@*"], in_clones=True)
     with pytest.raises(ValueError, match="prepare@tiny reads data that only this folder has"):
-        stages.chosen(["prepare@*"], away=True)
-    needs, before = stages.chosen(["train@*"], away=True)
+        stages.matching(["prepare@*"], in_clones=True)
+    needs, before = stages.matching(["train@*"], in_clones=True)
     assert needs["train@tiny-focal3-0"] == ("strip", "prepare@tiny") and before == ["strip", "prepare@tiny"]
 
 
@@ -124,7 +181,9 @@ def test_a_bad_cluster_file_is_refused_in_one_sentence(tmp_path, text, sentence)
         grid.cluster(tmp_path / "slurm.yaml")
 
 
-def test_each_slot_has_a_gpu_of_its_own(tmp_path, monkeypatch):
+@pytest.fixture
+def tasks_seen(tmp_path, monkeypatch):
+    """What run_local starts, as (stage, its environment); every task is over at once."""
     seen = []
 
     class Executor(SimpleNamespace):
@@ -132,18 +191,31 @@ def test_each_slot_has_a_gpu_of_its_own(tmp_path, monkeypatch):
             super().__init__(update_parameters=lambda **_: None)
 
         def submit(self, task, stage):
-            seen.append((stage, task.variables["CUDA_VISIBLE_DEVICES"]))
+            seen.append((stage, task.variables))
             return SimpleNamespace(job_id="1", done=lambda: True)
 
     (tmp_path / "dvc.yaml").touch()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(grid.submitit, "LocalExecutor", Executor)
+    monkeypatch.setattr(grid, "process_runs", lambda pid, argument: argument == "compendium grid")
+    return seen
+
+
+def test_each_slot_has_a_gpu_of_its_own(tasks_seen, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(train, "device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(grid.submitit, "LocalExecutor", Executor)
-    monkeypatch.setattr(grid, "_runs", lambda pid, argument: argument == "focalcal.grid")
     grid.run_local(grid.Grid(tmp_path / "scratch/grid/x", "local", "", 1, dict.fromkeys("abcd")), None)
-    assert seen == [("a", "4"), ("b", "7"), ("c", "4"), ("d", "7")]
+    given = [(stage, variables["CUDA_VISIBLE_DEVICES"]) for stage, variables in tasks_seen]
+    assert given == [("a", "4"), ("b", "7"), ("c", "4"), ("d", "7")]
+
+
+def test_each_slot_has_its_share_of_the_threads_however_few_stages_are_left(tasks_seen, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(train, "device", lambda: torch.device("cpu"))
+    grid.run_local(grid.Grid(tmp_path / "scratch/grid/x", "local", "", 1, dict.fromkeys("ab")), 3)
+    assert [(stage, variables["OMP_NUM_THREADS"]) for stage, variables in tasks_seen] == [("a", "2"), ("b", "2")]
+    assert not {"CUDA_VISIBLE_DEVICES", "FOCALCAL_DEVICE"} & set(tasks_seen[0][1])
 
 
 @pytest.mark.parametrize(
@@ -162,12 +234,13 @@ def test_gpus_are_those_that_this_process_may_use(monkeypatch, visible, device, 
     assert grid.visible_gpus(torch.device(device), seen) == gpus
 
 
-def test_what_slurm_is_asked_for(copy, monkeypatch):
+def test_what_slurm_is_asked_for(bare, monkeypatch):
     asked = {}
 
     class Executor(grid.submitit.SlurmExecutor):
-        def __init__(self, folder, max_num_timeout):
-            super(grid.submitit.SlurmExecutor, self).__init__(folder, max_num_timeout=max_num_timeout)
+        @classmethod
+        def affinity(cls):  # how submitit finds out whether there is a srun
+            return 2
 
         def map_array(self, task, names, needs):
             asked[names[0]] = self._make_submission_file_text("true", "x"), task.variables["FOCALCAL_DEVICE"]
@@ -175,11 +248,10 @@ def test_what_slurm_is_asked_for(copy, monkeypatch):
                 raise grid.FailedJobError("sbatch: error: AssocMaxSubmitJobLimit")
             return [SimpleNamespace(job_id=f"7_{number}") for number, _ in enumerate(names)]
 
-    monkeypatch.chdir(copy)
     monkeypatch.setattr(grid.submitit, "SlurmExecutor", Executor)
     wanted = grid.Cluster(partition="long", gpus=2, gpu_type="a100", time=90, array=2, setup=["module load cuda"])
     names = ["train@a", "train@b", "train@c"]
-    started = grid.Grid(copy / "scratch/grid/asked", "slurm", "HEAD", os.getpid(), dict.fromkeys(names))
+    started = grid.Grid(bare / "scratch/grid/asked", "slurm", "HEAD", os.getpid(), dict.fromkeys(names))
     started.save()
     grid.submit_slurm(started, dict.fromkeys(names, ()), wanted, 5)
     text, device = asked["train@a"]
@@ -191,22 +263,24 @@ def test_what_slurm_is_asked_for(copy, monkeypatch):
     assert started.rows()["train@c"]["state"] == "not started"
 
 
+@pytest.mark.whole
 def test_results_of_other_settings_are_not_entered(copy, monkeypatch):
     """As after a grid on a cluster, while which somebody edits params.yaml."""
     monkeypatch.chdir(copy)
     call(copy, *GRID, "run", "train@tiny-focal3-0")
-    lock, parameters = (copy / "dvc.lock").read_bytes(), (copy / "params.yaml").read_text()
+    lock, now = (copy / "dvc.lock").read_bytes(), (copy / "params.yaml").read_text()
     entry = {"train@tiny-focal3-0": tasks.load_yaml("dvc.lock")["stages"]["train@tiny-focal3-0"]}
     assert stages.collect(entry) == ([], [], []), "up to date"
     (copy / "artifacts/tiny/runs/focal3/0/history.csv").unlink()
     assert stages.collect(entry) == (["train@tiny-focal3-0"], [], [])
     assert (copy / "artifacts/tiny/runs/focal3/0/history.csv").exists()
-    (copy / "params.yaml").write_text(parameters.replace("clip: 2.0", "clip: 3.0"))
+    (copy / "params.yaml").write_text(now.replace("clip: 2.0", "clip: 3.0"))
     assert stages.collect(entry) == ([], ["train@tiny-focal3-0"], [])
-    (copy / "params.yaml").write_text(parameters)
+    (copy / "params.yaml").write_text(now)
     assert (copy / "dvc.lock").read_bytes() == lock
 
 
+@pytest.mark.whole
 def test_without_a_shared_disk_the_run_cache_travels_through_a_remote(copy, tmp_path):
     call(copy, "dvc", "remote", "add", "--local", "lab", str(tmp_path / "lab"))
     call(copy, *GRID, "run", "train@tiny-focal3-0")

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import make_loss
 from torch.nn import functional as F
 
 from focalcal import losses
@@ -46,7 +47,7 @@ def test_focal_at_gamma_zero_is_cross_entropy_and_brier_ends_at_two():
 def test_gradients_against_finite_differences(name):
     torch.manual_seed(3)
     z, y = torch.randn(6, 4, dtype=torch.float64, requires_grad=True), torch.randint(0, 4, (6,))
-    loss = losses.make(name)
+    loss = make_loss(name)
     if isinstance(loss, losses.AdaFocal):
         loss = loss.double()
         loss.gamma.copy_(torch.linspace(-2, 5, 15))
@@ -57,7 +58,7 @@ def test_gradients_against_finite_differences(name):
 @pytest.mark.parametrize("name", losses.LOSSES)
 def test_extreme_logits_give_finite_losses_and_gradients(name):
     z = torch.tensor([[200.0, -200.0, 0.0], [-200.0, 200.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
-    loss = losses.make(name)
+    loss = make_loss(name)
     if isinstance(loss, losses.AdaFocal):
         loss.gamma.fill_(0.3)
     value = loss(z, torch.tensor([0, 0, 0]))
@@ -128,17 +129,17 @@ def test_adafocal_update_by_hand():
     assert loss.gamma.tolist() == [1, 1]
     # the middle edge is the sample at position 2 of 4, 0.8; bins are (lo, hi], so 0.2, 0.4 and 0.8 (two right: gap
     # (1.4 - 2) / 3 = -0.2) go to the first bin and 0.9 (wrong: gap 0.9) to the second
-    loss.update(torch.tensor([0.2, 0.9, 0.4, 0.8]), torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    loss.update(np.array([0.2, 0.9, 0.4, 0.8], np.float32), np.array([True, False, True, False]))
     np.testing.assert_allclose(loss.gamma, [math.exp(-0.2), math.exp(0.9)], rtol=1e-6)
     np.testing.assert_allclose(loss.edges, [0.2, 0.8, 0.9])
 
 
 def test_adafocal_switches_sign_and_clips():
     def after(gamma, gap):
+        """The gamma after one step from twenty samples whose confidence is off by a gap."""
         loss = losses.AdaFocal(bins=1)
         loss.gamma.fill_(gamma)
-        confidence = torch.full((4,), 0.5 + gap / 2)
-        loss.update(confidence, torch.full((4,), 0.5 - gap / 2))
+        loss.update(np.full(20, 0.5 + gap / 2, np.float32), np.arange(20) < round(20 * (0.5 - gap / 2)))
         return loss.gamma.item()
 
     assert after(0.25, -0.5) == pytest.approx(-0.2)  # 0.25 exp(-0.5) = 0.15 < 0.2: over to the inverse focal loss
@@ -157,28 +158,51 @@ def test_adafocal_uses_the_bin_of_the_true_class_probability():
         assert loss(z, torch.tensor([0])).item() == pytest.approx(-weight * math.log(p), rel=1e-4)
 
 
-def test_adafocal_survives_equal_confidences():
-    loss = losses.AdaFocal()
-    loss.update(torch.ones(100), torch.ones(100))
-    assert loss.gamma.isfinite().all() and (loss.edges.diff() >= 0).all()
+def test_adafocal_counts_the_training_samples_of_an_epoch_by_bin():
+    loss = losses.AdaFocal(bins=4)
+    for batch in ([0.1, 0.25, 0.4], [0.5, 0.9]):  # bins are [lo, hi) here: 0.25 and 0.5 belong to the upper one
+        p = torch.tensor(batch)
+        loss(torch.stack([p.log(), (1 - p).log()], dim=1), torch.zeros(len(batch), dtype=torch.long))
+    logged = loss.log()
+    assert [logged[f"samples_bin{i:02d}"] for i in range(4)] == [1, 2, 1, 1]
+    assert [logged[f"edge_bin{i:02d}"] for i in range(4)] == [0.25, 0.5, 0.75, 1]
+    assert [logged[f"gamma_bin{i:02d}"] for i in range(4)] == [1, 1, 1, 1] and len(logged) == 12
+    loss.start_epoch(2, 3)
+    assert loss.samples.tolist() == [0, 0, 0, 0]
+
+
+def test_adafocal_keeps_the_gamma_of_an_empty_bin():
+    loss = losses.AdaFocal(bins=3)  # all confidences alike: the first bin holds every sample
+    loss.gamma.copy_(torch.tensor([2.0, 3.0, -1.0]))
+    loss.update(np.ones(100, np.float32), np.arange(100) < 50)
+    assert loss.gamma.tolist() == pytest.approx([2 * math.exp(0.5), 3, -1]) and loss.edges.tolist() == [1, 1, 1, 1]
+    with pytest.raises(ValueError, match="needs at least one validation sample"):
+        loss.update(np.zeros(0, np.float32), np.zeros(0, bool))
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
-        ("focal4", {}, "Unknown loss 'focal4'"),
-        ("focal3", {"gama": 1}, "no setting 'gama'"),
-        ("focal3", {"gamma": -1}, "gamma must be 0 or larger"),
-        ("focal3", {"gamma": "three"}, "must be a number"),
+        ("focal4", {}, "Unknown loss 'focal4'; choose one of: cross_entropy, "),
+        ("focal4", {"function": "fokal"}, "Unknown loss 'fokal'"),
+        ("focal", {}, "Loss 'focal' needs the setting 'gamma'"),
+        ("focal3", {"function": "focal"}, "Loss 'focal' needs the setting 'gamma'"),
+        ("dual_focal", {}, "Loss 'dual_focal' needs the setting 'gamma'"),
+        ("focal", {"gama": 1}, "Loss 'focal' has no setting 'gama'; it has: gamma."),
+        ("brier", {"gamma": 1}, "Loss 'brier' has no setting 'gamma'; it has: none."),
+        ("focal", {"gamma": -1}, "gamma must be 0 or larger"),
+        ("focal", {"gamma": "three"}, "must be a number, got 'three'"),
+        ("focal", {"gamma": True}, "must be a number, got True"),
         ("label_smoothing", {"alpha": 1.5}, "alpha must lie in"),
         ("mmce", {"weight": -2}, "weight must be 0 or larger"),
-        ("focal3", {"gamma": float("inf")}, "gamma must be 0 or larger"),
-        ("focal3", {"gamma": [1, 2]}, "must be a number"),
+        ("focal", {"gamma": float("inf")}, "gamma must be 0 or larger"),
+        ("focal", {"gamma": [1, 2]}, "must be a number"),
         ("flsd53", {"threshold": 5}, "threshold is a probability"),
         ("adafocal", {"gamma_min": 1}, "gamma_min < 0"),
         ("adafocal", {"bins": 2.5}, "whole number of bins"),
-        ("adafocal", {"rate": -1}, "rate"),
+        ("adafocal", {"rate": -1}, "rate of 0 or larger, got 15 and -1"),
         ("flsc531", {"gammas": [5, 3]}, "one gamma more"),
+        ("flsc531", {"switches": [0.7, 0.3]}, "switches that rise"),
         ("flsc531", {"gammas": 5}, "must be a list of numbers"),
     ],
 )
@@ -188,8 +212,8 @@ def test_bad_settings_are_named(name, settings, words):
 
 
 def test_one_function_under_several_names():
+    torch.manual_seed(0)
     logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
-    steep = losses.make("focal7", function="focal3", gamma=7.0)
-    assert torch.equal(steep(logits, labels), losses.focal(logits, labels, 7.0))
-    with pytest.raises(ValueError, match="Unknown loss 'focal8'"):
-        losses.make("focal7", function="focal8")
+    for gamma in (3.0, 7.0):
+        loss = losses.make(f"focal{gamma:.0f}", function="focal", gamma=gamma)
+        assert torch.equal(loss(logits, labels), losses.focal(logits, labels, gamma))

@@ -114,7 +114,9 @@ def test_a_class_that_no_label_names(random):
 
 def test_errors_from_one_softmax_are_those_one_by_one(random):
     together = metrics.calibration_errors(*random)
-    assert together == {name: metrics.METRICS[name](*random) for name in ("ece", "adaece", "classwise_ece", "mce")}
+    alone = {name: metrics.METRICS[name](*random) for name in ("ece", "adaece", "classwise_ece", "mce")}
+    mean = torch.tensor(random[0]).softmax(1).amax(1).mean().item()
+    assert together == alone | {"confidence": pytest.approx(mean, abs=1e-6)}
 
 
 def test_auroc_by_hand():
@@ -123,12 +125,28 @@ def test_auroc_by_hand():
     assert metrics.auroc(familiar, familiar) == 1 / 2
 
 
-def test_summary_parts_add_up(random):
-    row = metrics.summary(*random)
-    assert row["nll_correct"] + row["nll_incorrect"] == pytest.approx(row["nll"]) == pytest.approx(metrics.nll(*random))
-    assert row["ece"] == metrics.ece(*random) and row["adaece"] == metrics.adaptive_ece(*random)
+def test_summary_by_hand():
+    z, y = binary((0.9, True), (0.8, False), (0.6, True))
+
+    def entropy(p):
+        return -p * math.log(p) - (1 - p) * math.log(1 - p)
+
+    row = metrics.summary(z, y)
+    assert tuple(row) == metrics.SUMMARY
+    assert row["nll_correct"] == pytest.approx(-(math.log(0.9) + math.log(0.6)) / 3)  # parts of the mean over all three
+    assert row["nll_incorrect"] == pytest.approx(-math.log(0.2) / 3)
+    assert row["entropy_correct"] == pytest.approx((entropy(0.9) + entropy(0.6)) / 2)
+    assert row["entropy_incorrect"] == pytest.approx(entropy(0.8))
+    assert row["error"] == pytest.approx(1 / 3) and row["confidence"] == pytest.approx((0.9 + 0.8 + 0.6) / 3)
     certain = metrics.summary(np.array([[9.0, 0.0]]), np.array([0]))
     assert certain["nll_incorrect"] == 0 and np.isnan(certain["entropy_incorrect"])
+
+
+def test_summary_repeats_the_metrics(random):
+    row = metrics.summary(*random)
+    for name in ("nll", "error", "ece", "adaece"):
+        assert row[name] == pytest.approx(metrics.METRICS[name](*random), abs=1e-12), name
+    assert row["nll_correct"] + row["nll_incorrect"] == pytest.approx(row["nll"])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from compendium import notebook
+from compendium.__main__ import main
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def test_parameters_folders_and_equal_bytes(folder):
         folder / "a.ipynb", "print(x + 1)", "import sys; print('half' + 'way', file=sys.stderr); x", tags=["progress"]
     )
     for out in ("deep/er/one.ipynb", "two.ipynb"):
-        notebook.main(["a.ipynb", out, "-p", "x", "41"])
+        main(["notebook", "a.ipynb", out, "-p", "x", "41"])
     assert (folder / "deep/er/one.ipynb").read_bytes() == (folder / "two.ipynb").read_bytes()
     executed = nbformat.read(folder / "two.ipynb", 4)
     assert texts(folder / "two.ipynb")[0] == "42\n" and executed.cells[-1].outputs[-1]["data"]["text/plain"] == "41"
@@ -48,18 +49,18 @@ def test_stripping_forgets_what_jupyterlab_writes(folder):
     touched.cells[2].metadata["collapsed"] = True
     nbformat.write(touched, folder / "touched" / "a.ipynb")
     for name in ("clean", "touched"):
-        notebook.main(["--strip", name, f"out-{name}"])
+        main(["notebook", "--strip", name, f"out-{name}"])
     assert (folder / "out-clean/a.ipynb").read_bytes() == (folder / "out-touched/a.ipynb").read_bytes()
     touched.cells[2].source = "1 + 2"
     nbformat.write(touched, folder / "touched" / "a.ipynb")
-    notebook.main(["--strip", "touched", "out-touched"])
+    main(["notebook", "--strip", "touched", "out-touched"])
     assert (folder / "out-clean/a.ipynb").read_bytes() != (folder / "out-touched/a.ipynb").read_bytes()
 
 
 def test_outputs_hold_nothing_that_changes_from_run_to_run(folder):
     lines = ("import warnings", "print('a', flush=True)", "print('b', flush=True)", "warnings.warn('old')", "object()")
     write(folder / "a.ipynb", "\n".join(lines))
-    notebook.main(["a.ipynb", "out.ipynb"])
+    main(["notebook", "a.ipynb", "out.ipynb"])
     outputs = nbformat.read(folder / "out.ipynb", 4).cells[-1].outputs
     assert [output.get("name") for output in outputs] == ["stdout", "stderr", None]
     assert outputs[0].text == "a\nb\n" and outputs[1].text.startswith("<cell>:4: UserWarning: old")
@@ -73,19 +74,21 @@ def test_outputs_hold_nothing_that_changes_from_run_to_run(folder):
         (["raise ValueError('gamma must be 0 or larger')", "x"], [], "gamma must be 0 or larger [a.ipynb, cell 2"),
         (["1 / 0"], [], "ZeroDivisionError: division by zero"),
         (["x"], ["-p", "x", "-3"], "Parameter 'x' of a.ipynb must be a whole number, 0 or larger, got '-3'"),
-        (["import sys; sys.exit(0)", "x"], [], "stopped before its last cell"),
+        (["import sys; sys.exit(0)", "x"], [], "a.ipynb stopped before its last cell."),
     ],
 )
 def test_failures_are_one_sentence_and_leave_the_old_result(folder, sources, arguments, words):
     write(folder / "a.ipynb", *sources)
     (folder / "out.ipynb").write_text("the old result")
     with pytest.raises(SystemExit) as stop:
-        notebook.main(["a.ipynb", "out.ipynb", *arguments])
-    assert words in str(stop.value) and "\n" not in str(stop.value)
+        main(["notebook", "a.ipynb", "out.ipynb", *arguments])
+    assert str(stop.value).startswith(f"focalcal: {words}") and "\n" not in str(stop.value)
     assert (folder / "out.ipynb").read_text() == "the old result"
     assert not list(folder.glob(".part*"))
+    kept = folder / "artifacts/failed/out.ipynb"
+    assert kept.is_file() == ("the failed notebook is artifacts/failed/out.ipynb" in str(stop.value))
 
 
 def test_missing_notebook(folder):
     with pytest.raises(SystemExit, match="No notebook b.ipynb"):
-        notebook.main(["b.ipynb", "out.ipynb"])
+        main(["notebook", "b.ipynb", "out.ipynb"])

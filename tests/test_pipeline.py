@@ -9,27 +9,64 @@ import nbformat
 import pandas as pd
 import pytest
 import yaml
-from tiny import call, repository
+from tiny import COMPENDIUM, call, parameters, repository, write_parameters
 
-LOSSES = ["cross_entropy", "adafocal"]
+LOSSES = ["cross_entropy", "focal1", "adafocal"]
+CHAPTERS = ["04_nll_divergence", "05_weight_norms", "06_gamma_selection", "07_reliability", "08_results"]
+CHAPTERS += ["09_out_of_distribution", "10_evidence", "11_calibratability"]
+ELSEWHERE = """
+from compendium import images, publish, trainings
+for study in ("small", "large"):
+    images.write_prepared(study)
+    trainings.train_jobs(study, ["cross_entropy", "focal1"], 0)
+    publish.pack(study)
+"""
+OPENED = """
+import sys
+from pathlib import Path
+from compendium import notebook
+for name in sys.argv[1:]:
+    notebook.execute(Path("opened", f"{name}.ipynb"), Path("executed", f"{name}.ipynb"), {})
+"""
+
+pytestmark = pytest.mark.whole
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    return repository(tmp_path_factory.mktemp("copy"), LOSSES)
+    copy = repository(tmp_path_factory.mktemp("copy"), LOSSES)
+    with open(copy / "papers/published.csv", "a") as file:  # as if they had tried these digits
+        file.write("digits,small_resnet,focal1,ece_percent,4.5,1.5,1.2,nobody,copied\n")
+    return copy
+
+
+def stages_that_ran(output: str) -> list[str]:
+    return re.findall("Running stage '(.*)'", output)
 
 
 def test_repro_makes_everything_and_then_nothing(copy):
-    call(copy, "dvc", "repro")
-    study = copy / "artifacts" / "tiny"
+    ran = stages_that_ran(call(copy, "dvc", "repro"))
+    assert ran[-8:] == [f"analyse@tiny-{chapter}" for chapter in CHAPTERS] and len(ran) == 14
+    study, figures = copy / "artifacts" / "tiny", copy / "figures" / "tiny"
     for loss in LOSSES:
         assert len(pd.read_csv(study / "runs" / loss / "0" / "history.csv")) == 3
-        assert json.loads((study / "provenance" / f"{loss}-0.json").read_text())["device"].startswith("cpu")
+        record = json.loads((study / "provenance" / f"{loss}-0.json").read_text())
+        assert record["device"].startswith("cpu") and record["threads"] == 1
     assert set(pd.read_csv(study / "temperatures.csv").loss) == set(LOSSES)
-    metrics = json.loads((copy / "figures/tiny/08_results/metrics.json").read_text())
-    assert list(metrics) == LOSSES and 0 <= metrics["adafocal"]["error_percent"] <= 100
-    assert len(list((copy / "figures" / "tiny").rglob("*.png"))) >= 10
-    assert "Running stage" not in call(copy, "dvc", "repro")
+    assert {path.stem for path in (figures / "08_results/metrics").iterdir()} == set(LOSSES)
+    assert 0 <= json.loads((figures / "08_results/metrics/adafocal.json").read_text())["error_percent"] <= 100
+    against = pd.read_csv(figures / "08_results/against-papers.csv", index_col=0)
+    assert list(against.columns[:4]) == ["ECE %", "ECE % (papers)", "difference", "verdict"]
+    assert against["ECE % (papers)"].dropna().tolist() == [4.5]
+    assert len(list(figures.rglob("*.png"))) >= 10
+    assert stages_that_ran(call(copy, "dvc", "repro")) == []
+
+
+def test_the_metrics_have_a_row_for_each_loss(copy):
+    lines = call(copy, "dvc", "metrics", "show").splitlines()
+    assert lines[0].split()[:2] == ["Path", "ece_percent"]
+    shown = {line.split()[0].rsplit("/", 1)[1]: line.split()[1:] for line in lines[1:]}
+    assert set(shown) == {f"{loss}.json" for loss in LOSSES} and {len(numbers) for numbers in shown.values()} == {4}
 
 
 def test_saving_a_notebook_in_jupyterlab_leaves_training_valid(copy):
@@ -42,8 +79,16 @@ def test_saving_a_notebook_in_jupyterlab_leaves_training_valid(copy):
             cell.outputs = [nbformat.v4.new_output("stream", text="seen")]
     nbformat.write(touched, path)
     (copy / "notebooks" / ".ipynb_checkpoints").mkdir()
-    output = call(copy, "dvc", "repro")
-    assert "Running stage 'strip'" in output and "Running stage 'train" not in output
+    assert stages_that_ran(call(copy, "dvc", "repro")) == ["strip"]
+
+
+def test_how_a_curve_is_drawn_is_no_reason_to_train(copy):
+    plots = copy / "src/focalcal/plots.py"
+    before = plots.read_text()
+    plots.write_text(before + "\n# wider lines\n")
+    stale = re.findall(r"^(\S+):$", call(copy, "dvc", "status"), re.M)
+    plots.write_text(before)
+    assert stale == [f"analyse@tiny-{chapter}" for chapter in CHAPTERS]
 
 
 def test_a_forced_run_gives_the_same_bytes(copy):
@@ -60,51 +105,91 @@ def test_a_forced_run_gives_the_same_bytes(copy):
 
 def test_a_reader_chooses_one_loss_at_the_top_of_a_chapter(copy):
     figures = {path: path.read_bytes() for path in (copy / "figures").rglob("*.*")}
-    chapters = sorted((copy / "figures/tiny").iterdir())
-    assert [chapter.name[:2] for chapter in chapters] == ["04", "05", "06", "07", "08", "09", "10", "11"]
-    for chapter in chapters:
-        opened = nbformat.read(copy / "notebooks" / f"{chapter.name}.ipynb", 4)
+    assert sorted(path.name for path in (copy / "figures/tiny").iterdir()) == CHAPTERS
+    (copy / "opened").mkdir()
+    for chapter in CHAPTERS:
+        opened = nbformat.read(copy / "notebooks" / f"{chapter}.ipynb", 4)
         cell = next(cell for cell in opened.cells if "parameters" in cell.metadata.get("tags", []))
         assert cell.source.startswith('study = "fashion"\nonly = []')
         cell.source = 'study = "tiny"\nonly = ["adafocal"]'
-        nbformat.write(opened, copy / "opened.ipynb")
-        call(copy, sys.executable, "-m", "focalcal.notebook", "opened.ipynb", "executed.ipynb")
-        drawn = copy / "scratch/figures/tiny" / chapter.name
+        nbformat.write(opened, copy / "opened" / f"{chapter}.ipynb")
+    call(copy, sys.executable, "-c", OPENED, *CHAPTERS)
+    for chapter in CHAPTERS:
+        drawn = copy / "scratch/figures/tiny" / chapter
         assert list(drawn.glob("*.png"))
         for table in drawn.glob("*.csv"):
             assert not {"cross_entropy", "Cross-entropy"} & set(re.split(r"[,\n]", table.read_text())), table
     assert figures == {path: path.read_bytes() for path in (copy / "figures").rglob("*.*")}
 
 
-def test_published_runs_are_analysed_like_ones_own(copy):
-    parameters = (copy / "params.yaml").read_text()
-    changed = yaml.safe_load(parameters)
-    changed["studies"]["far"] = changed["studies"]["tiny"] | {
-        "papers": {"dataset": "digits", "network": "small_resnet"}
-    }
-    changed["active"]["published"] = ["far"]
-    (copy / "params.yaml").write_text(yaml.safe_dump(changed, sort_keys=False))
+def test_published_runs_are_analysed_like_ones_own_and_swept_over_sizes(copy):
+    before, changed = (copy / "params.yaml").read_text(), parameters(LOSSES)
+    sizes = {"small": 100, "far": 300, "large": 500}
+    for study, size in sizes.items():
+        tiny = changed["studies"]["tiny"]
+        changed["studies"][study] = tiny | {"data": tiny["data"] | {"train": size}}
+    sweeps = {"sizes": {"small": "small", "middle": "far", "large": "large"}}
+    changed["active"] |= {"published": list(sizes), "analysed": ["far"], "sweeps": sweeps}
+    write_parameters(copy, changed)
+    call(copy, sys.executable, "-c", ELSEWHERE)
     for part in ("runs", "provenance"):
         shutil.copytree(copy / "artifacts/tiny" / part, copy / "artifacts/far" / part)
-    call(copy, sys.executable, "-m", "focalcal.publish", "pack", "far")
-    shutil.rmtree(copy / "artifacts/far")
-    assert "Published" in call(copy, sys.executable, "-m", "focalcal.publish", "add", "far.tar")
-    output = call(copy, "dvc", "repro")
-    assert "analyse-published@far-08_results" in output and "Running stage 'train" not in output
+    call(copy, *COMPENDIUM, "publish", "pack", "far")
+    for study in sizes:
+        shutil.rmtree(copy / "artifacts" / study)
+    said = call(copy, *COMPENDIUM, "publish", "add", *(f"{study}.tar" for study in sizes))
+    assert said.count("Published") == 3
+
+    analyses = [f"analyse-published@far-{chapter}" for chapter in ("04_nll_divergence", "08_results")]
+    ran = stages_that_ran(call(copy, "dvc", "repro", "choose-gamma@sizes", *analyses))
+    wanted = [f"{stage}@{study}" for study in sizes for stage in ("take", "scale-published")]
+    assert sorted(ran) == sorted([*wanted, "choose-gamma@sizes", *analyses])
     near, far = (pd.read_csv(copy / "artifacts" / study / "metrics.csv") for study in ("tiny", "far"))
-    near = near[near.loss.isin(LOSSES)].sort_values(["loss", "split", "scaling", "metric"]).value
-    assert abs(near.values - far.sort_values(["loss", "split", "scaling", "metric"]).value.values).max() < 1e-3
-    against = pd.read_csv(copy / "figures/far/08_results/against-papers.csv", index_col=0)
-    assert list(against.columns[:4]) == ["ECE %", "ECE % (papers)", "difference", "verdict"]
+    assert (near.drop(columns="value") == far.drop(columns="value")).all(axis=None)
+    assert abs(near.value - far.value).max() < 1e-3
     assert (copy / "figures/far/04_nll_divergence/test-nll.png").is_file()
-    (copy / "params.yaml").write_text(parameters)
+
+    figures = copy / "figures/sizes/12_choosing_gamma"
+    swept = pd.read_csv(figures / "sweep.csv")
+    assert swept.groupby("train").loss.unique().map(list).to_dict() == {100: LOSSES[:2], 300: LOSSES, 500: LOSSES[:2]}
+    for study, size in sizes.items():
+        known = pd.read_csv(copy / "artifacts" / study / "metrics.csv").query("scaling == 'none' and metric == 'nll'")
+        assert swept[swept.train == size].nll.values == pytest.approx(known.value.values, rel=1e-5)
+    chosen = pd.read_csv(figures / "chosen.csv", index_col="images")
+    assert chosen.index.tolist() == [100, 300, 500] and set(chosen["gamma in hindsight"]) <= {0, 1}
+    assert chosen["ECE % AdaFocal"].notna().tolist() == [False, True, False]
+    assert {path.name for path in figures.glob("*.png")} == {"sweep.png", "which-loss.png"}
+    (copy / "params.yaml").write_text(before)
+
+
+def test_a_study_is_trained_here_or_taken_not_both(copy):
+    before, changed = (copy / "params.yaml").read_text(), parameters(LOSSES)
+    changed["active"]["published"] = ["tiny"]
+    write_parameters(copy, changed)
+    said = call(copy, *COMPENDIUM, "data", fails=True).splitlines()
+    assert len(said) == 1 and said[0].startswith(
+        "focalcal: 'tiny' stands under active.studies and active.published in params.yaml: its runs are either"
+    )
+    (copy / "params.yaml").write_text(before)
+
+
+def test_an_experiment_trains_what_it_changes(copy):
+    before = {name: (copy / name).read_bytes() for name in ("params.yaml", "dvc.lock")}
+    options = ["--set-param", "shared.losses.focal1.gamma=1.5", "train@tiny-focal1-0"]
+    assert stages_that_ran(call(copy, "dvc", "exp", "run", *options)) == ["train@tiny-focal1-0"]
+    assert yaml.safe_load((copy / "params.yaml").read_text())["shared"]["losses"]["focal1"]["gamma"] == 1.5
+    for name, content in before.items():
+        (copy / name).write_bytes(content)
+    call(copy, "dvc", "checkout", "--force")
+    assert stages_that_ran(call(copy, "dvc", "repro")) == []
 
 
 def test_a_bad_setting_fails_with_one_sentence_and_keeps_the_cache(copy):
-    parameters = (copy / "params.yaml").read_text()
-    (copy / "params.yaml").write_text(parameters.replace("network: small_resnet\n", "network: resnet9000\n"))
+    before, changed = (copy / "params.yaml").read_text(), parameters(LOSSES)
+    changed["studies"]["tiny"]["training"]["network"] = "resnet9000"
+    write_parameters(copy, changed)
     output = call(copy, "dvc", "repro", "train@tiny-cross_entropy-0", fails=True)
     assert "focalcal: Unknown network 'resnet9000'; choose one of: small_resnet" in output
-    (copy / "params.yaml").write_text(parameters)
+    (copy / "params.yaml").write_text(before)
     call(copy, "dvc", "checkout")
-    assert "Running stage" not in call(copy, "dvc", "repro")
+    assert stages_that_ran(call(copy, "dvc", "repro")) == []

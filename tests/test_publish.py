@@ -1,34 +1,22 @@
 """Packing finished runs and publishing them."""
 
 import subprocess
+import sys
 import tarfile
 
 import numpy as np
 import pytest
-import yaml
+from helpers import parameters, write_parameters
 
-from compendium import paths, publish, runs
+from compendium import paths, publish
+from compendium.__main__ import main
 from focalcal import metrics
-
-PARAMETERS = {
-    "active": {"studies": [], "published": ["big"], "losses": ["brier"], "seeds": [7]},
-    "shared": {"protocol": {}, "losses": {"focal3": {}, "brier": {}}},
-    "studies": {"big": {"data": {"dataset": "digits"}, "training": {"network": "small_resnet"}}},
-}
 
 
 @pytest.fixture
 def compendium(tmp_path, monkeypatch):
-    """A repository with a DVC remote and two finished runs of study 'big'."""
-    (tmp_path / "dvc.yaml").touch()
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(PARAMETERS, sort_keys=False))
-    for command in (
-        "git init -q",
-        "dvc init -q",
-        "dvc config core.analytics false",
-        "dvc remote add -d store .store -q",
-    ):
-        subprocess.run(command.split(), cwd=tmp_path, check=True)
+    """A folder with two finished runs of study 'tiny'."""
+    write_parameters(tmp_path, parameters())
     monkeypatch.chdir(tmp_path)
     for loss, seed in (("brier", 0), ("focal3", 1)):
         finished(loss, seed)
@@ -36,34 +24,61 @@ def compendium(tmp_path, monkeypatch):
 
 
 def finished(loss, seed, nll=0.4):
-    folder, rng = paths.run("big", loss, seed), np.random.default_rng(seed)
+    study, folder, rng = paths.study("tiny"), paths.run("tiny", loss, seed), np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "history.csv").write_text(f"epoch,test_nll\n1,0.5\n2,{nll}\n")
     labels = np.arange(3000) % 5
     logits = 50 + 3 * np.eye(5)[labels] + rng.normal(size=(3000, 5))
-    paths.write_npz(folder / "logits.npz", val_logits=logits, val_labels=labels, test_logits=logits, test_labels=labels)
+    splits = {"val_logits": logits, "val_labels": labels, "test_logits": logits, "test_labels": labels}
+    paths.write_npz(folder / "logits.npz", **splits, epoch=np.array(2))
     paths.write_npz(folder / "gradients.npz", epochs=np.array([1]), norms=np.ones((1, 4), np.float32))
     paths.write_npz(folder / "shifted.npz", noise5=logits.astype(np.float16))
-    record = paths.study("big") / "provenance" / f"{loss}-{seed}.json"
-    record.parent.mkdir(exist_ok=True)
-    record.write_text("{}")
+    for kind, ending in (("provenance", "json"), ("models", "safetensors")):
+        (study / kind).mkdir(exist_ok=True)
+        (study / kind / f"{loss}-{seed}.{ending}").write_text("{}")
 
 
-def test_packed_runs_are_published_pinned_and_read(compendium, capsys):
-    raw = paths.read_npz(paths.run("big", "brier", 0) / "logits.npz")
-    before = raw["test_logits"], raw["test_labels"]
-    publish.main(["pack", "big"])
-    assert "2 runs in big.tar" in capsys.readouterr().out
-    publish.main(["add", "big.tar"])
-    assert (compendium / "published/big.dvc").is_file()
+def members(archive):
+    with tarfile.open(archive) as packed:
+        return {name.removeprefix("tiny/") for name in packed.getnames()}
+
+
+def test_packed_runs_are_published_and_pinned(compendium, capsys):
+    subprocess.run(["git", "init", "-q"], check=True)
+    for command in ("init -q", "config core.analytics false", "remote add -d store .store -q"):
+        subprocess.run([sys.executable, "-m", "dvc", *command.split()], check=True)
+    raw = paths.read_npz(paths.run("tiny", "brier", 0) / "logits.npz")
+    main(["publish", "pack", "tiny"])
+    assert "2 runs in tiny.tar" in capsys.readouterr().out
+    main(["publish", "add", "tiny.tar"])
+    assert "Name the study under active.published" in capsys.readouterr().out
+    assert (compendium / "published/tiny.dvc").is_file()
     assert [file for file in (compendium / ".store").rglob("*") if file.is_file()]
-    assert runs.active("big") == (["focal3", "brier"], [0, 1]) and runs.pairs("big") == [("focal3", 1), ("brier", 0)]
-    assert runs.folder("big", "brier", 0) == compendium / "published/big/runs/brier/0"
-    assert len(runs.history("big")) == 4
-    after = runs.logits("big", "brier", 0)["test"]
-    assert paths.read_npz(runs.folder("big", "brier", 0) / "logits.npz")["test_logits"].dtype == np.float16
+    found = paths.read_npz(compendium / "published/tiny/runs/brier/0/logits.npz")
+    assert found["test_logits"].dtype == np.float16 and found["epoch"] == 2
     for metric in metrics.METRICS.values():
-        assert metric(*after) == pytest.approx(metric(*before), abs=1e-4)
+        before = metric(raw["test_logits"], raw["test_labels"])
+        assert metric(found["test_logits"].astype(float), found["test_labels"]) == pytest.approx(before, abs=1e-4)
+
+
+def test_what_is_packed(compendium):
+    run = {f"runs/brier/0/{name}" for name in ("history.csv", "logits.npz", "gradients.npz")}
+    always = run | {"provenance/brier-0.json", "params.yaml"}
+
+    def packed(*options):
+        main(["publish", "pack", "tiny", "--out", "some.tar", *options])
+        return {name for name in members("some.tar") if "focal3" not in name}
+
+    assert packed("--without-shifted") == always
+    assert packed() == always | {"runs/brier/0/shifted.npz"}
+    assert packed("--weights") == always | {"runs/brier/0/shifted.npz", "models/brier-0.safetensors"}
+    assert publish.add(compendium / "some.tar") == compendium / "published/tiny"
+    assert (compendium / "published/tiny/models/focal3-1.safetensors").read_text() == "{}"
+    (paths.study("tiny") / "models/focal3-1.safetensors").unlink()
+    packed("--weights")
+    assert not any("focal3" in name for name in members("some.tar"))  # a run that lacks a file is left out whole
+    packed()
+    assert "runs/focal3/1/history.csv" in members("some.tar")
 
 
 def test_logits_that_half_precision_would_change_stay_as_they_are(tmp_path):
@@ -72,38 +87,49 @@ def test_logits_that_half_precision_would_change_stay_as_they_are(tmp_path):
     labels = np.ones(60, np.int64)
     paths.write_npz(path, val_logits=logits, val_labels=labels, test_logits=logits, test_labels=labels)
     before = path.read_bytes()
-    assert not publish.halved(path) and path.read_bytes() == before
+    assert not publish.halve_precision(path) and path.read_bytes() == before
 
 
 def test_more_runs_are_added_and_others_results_refused(compendium):
-    publish.main(["pack", "big"])
-    publish.add(compendium / "big.tar")
+    publish.pack("tiny")
+    publish.add(compendium / "tiny.tar")
     finished("focal3", 2)
-    publish.main(["pack", "big", "--out", "more.tar"])
+    publish.pack("tiny", compendium / "more.tar")
     publish.add(compendium / "more.tar")
-    assert runs.pairs("big") == [("focal3", 1), ("focal3", 2), ("brier", 0)]
+    published = [f"{run.parent.name} {run.name}" for run in (compendium / "published/tiny").glob("runs/*/*")]
+    assert sorted(published) == ["brier 0", "focal3 1", "focal3 2"]
     finished("focal3", 2, nll=0.3)
-    publish.main(["pack", "big"])
-    with pytest.raises(ValueError, match="focal3/2 is published already, with other results"):
-        publish.add(compendium / "big.tar")
+    publish.pack("tiny")
+    with pytest.raises(ValueError, match="focal3/2 is published already, with other results; delete it first"):
+        publish.add(compendium / "tiny.tar")
+
+
+def test_what_is_published_must_be_here_to_be_added_to(compendium):
+    publish.pack("tiny")
+    (compendium / "published").mkdir()
+    (compendium / "published/tiny.dvc").touch()
+    with pytest.raises(ValueError, match="published/tiny is not here; run `dvc pull published/tiny.dvc` first"):
+        publish.add(compendium / "tiny.tar")
 
 
 def test_what_is_not_whole_is_named(compendium, capsys):
-    (paths.run("big", "focal3", 1) / "history.csv").unlink()
-    publish.main(["pack", "big"])
+    (paths.run("tiny", "focal3", 1) / "history.csv").unlink()
+    publish.pack("tiny")
     assert "focal3, seed 1 is left out: history.csv missing." in capsys.readouterr().out
-    packed = compendium / "big.tar"
+    packed = compendium / "tiny.tar"
     packed.write_bytes(packed.read_bytes()[:3000])
-    with pytest.raises(ValueError, match="big.tar is damaged or no tar file"):
+    with pytest.raises(ValueError, match="tiny.tar is damaged or no tar file"):
         publish.add(packed)
-    with tarfile.open(compendium / "other.tar", "w") as archive:
-        archive.add(compendium / "dvc.yaml", "../dvc.yaml")
-    with pytest.raises(ValueError, match="other.tar is not what `focalcal.publish pack` writes"):
-        publish.add(compendium / "other.tar")
-    (paths.run("big", "brier", 0) / "history.csv").write_text("epoch,test_nll\n1,0.5\n3,0.4\n")
-    publish.main(["pack", "big"])
+    for name in ("../dvc.yaml", "tiny/runs/brier/0/history.exe"):
+        with tarfile.open(compendium / "other.tar", "w") as archive:
+            archive.add(compendium / "dvc.yaml", name)
+        with pytest.raises(ValueError, match="other.tar is not what `compendium publish pack` writes"):
+            publish.add(compendium / "other.tar")
+    (paths.run("tiny", "brier", 0) / "history.csv").write_text("epoch,test_nll\n1,0.5\n3,0.4\n")
+    publish.pack("tiny")
     with pytest.raises(ValueError, match="brier, seed 0: history.csv does not hold every epoch once"):
-        publish.add(compendium / "big.tar")
+        publish.add(packed)
     assert not (compendium / "published").exists()
-    with pytest.raises(SystemExit, match="focalcal: No finished run in .*; train first"):
-        publish.main(["pack", "nothing"])
+    with pytest.raises(SystemExit, match="focalcal: No finished run in .*nothing/runs; train first"):
+        main(["publish", "pack", "nothing"])
+    assert not (compendium / "nothing.tar").exists()

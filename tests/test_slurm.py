@@ -9,20 +9,18 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from tiny import call, commit, environment, repository
+from tiny import COMPENDIUM, DEADLINE, call, commit, environment, repository, until
 
 LOSSES = ["cross_entropy", "label_smoothing", "brier", "mmce", "focal1", "focal2", "focal3", "flsd53", "flsc531"]
 LOSSES += ["adafocal", "dual_focal", "inverse_focal"]
-MORE = {f"gamma{n}": {"function": "focal3", "gamma": n / 4} for n in range(12)}
+MORE = {f"gamma{n}": {"function": "focal", "gamma": n / 4} for n in range(12)}
 LONG = {"focal1": {"epochs": 200}, "focal2": {"epochs": 200}, "flsd53": {"epochs": 200}, "focal3": {"epochs": 1600}}
 CLUSTER = Path(__file__).with_name("slurm_cluster.sh")
-GRID = (sys.executable, "-m", "focalcal.grid")
+GRID = (*COMPENDIUM, "grid")
 
 pytestmark = [
     pytest.mark.slurm,
@@ -35,24 +33,15 @@ def slurm(tmp_path_factory):
     """A running cluster: the variables to reach it, and a function that runs its commands."""
     folder = tmp_path_factory.mktemp("slurm")
     variables = {"SLURM_CONF": str(folder / "slurm.conf")}
-    subprocess.run([CLUSTER, "start", folder], check=True)
+    subprocess.run([CLUSTER, "start", folder], check=True, timeout=DEADLINE)
 
     def command(*words):
-        done = subprocess.run(words, env=os.environ | variables, capture_output=True, text=True)
+        done = subprocess.run(words, env=os.environ | variables, capture_output=True, text=True, timeout=DEADLINE)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     yield folder, variables, command
     subprocess.run([CLUSTER, "stop", folder])
-
-
-def until(condition, seconds=120):
-    """The first true value of ``condition()``."""
-    for _ in range(10 * seconds):
-        if value := condition():
-            return value
-        time.sleep(0.1)
-    raise AssertionError("waited in vain")
 
 
 def epochs_saved(copy, stage) -> list[int]:
@@ -101,9 +90,13 @@ def test_a_grid_survives_what_happens_on_a_cluster(slurm, tmp_path):
     subprocess.run([CLUSTER, "node", folder, node], check=True)
     lowest = dict(reached)
     locked.append((copy / "dvc.lock").read_bytes())
-    while head.poll() is None:
-        lowest = {name: min(epoch, max(epochs_saved(copy, name), default=epoch)) for name, epoch in lowest.items()}
-        time.sleep(0.2)
+
+    def over():
+        for name, epoch in lowest.items():
+            lowest[name] = min(epoch, max(epochs_saved(copy, name), default=epoch))
+        return head.poll() is not None
+
+    until(over, 2 * DEADLINE)
     output = (tmp_path / "said").read_text()
 
     assert head.returncode == 1 and lowest == reached, "each went on from its checkpoint"
@@ -128,7 +121,7 @@ def test_a_grid_survives_what_happens_on_a_cluster(slurm, tmp_path):
     assert len(results(alone)) == 2 * 6 and results(alone).items() <= results(copy).items()
     short = [loss for loss in [*LOSSES, *MORE] if loss not in ("label_smoothing", *LONG)]
     for losses in (short, ["focal1", "focal2", "flsd53"], ["focal3"]):  # the others without DVC, which takes longer
-        call(alone, sys.executable, "-m", "focalcal.train", "tiny", *losses, OMP_NUM_THREADS="1")
+        call(alone, *COMPENDIUM, "train", "tiny", *losses)
     trained = results(alone)
     assert len(trained) == 23 * 5 + 2 and trained.items() <= results(copy).items()
     call(copy, "git", "checkout", "-q", "HEAD~1", "--", "dvc.lock")  # without what the command collected
@@ -147,12 +140,12 @@ def test_ctrl_c_leaves_the_jobs_alone(slurm, tmp_path):
         run, cwd=copy, env=environment(copy) | variables, stdout=subprocess.PIPE, text=True, bufsize=1
     )
     said = ""
-    while "submitted as job" not in said:
-        said += head.stdout.readline()
+    while "submitted as job" not in said and (line := head.stdout.readline()):
+        said += line
     assert "2 stages submitted as job" in said and "the default partition, 1 CPUs, no GPU, 4 GB, 10 minutes" in said
     head.send_signal(signal.SIGINT)
-    rest = head.communicate(timeout=60)[0]
-    assert head.returncode == 130 and "The grid goes on. Follow it: python -m focalcal.grid status --wait" in rest
+    rest = head.communicate(timeout=DEADLINE)[0]
+    assert head.returncode == 130 and "The grid goes on. Follow it: python -m compendium grid status --wait" in rest
     assert "still runs them" in call(copy, *run, fails=True, **variables)
     name = re.search(r"status --wait (\S+)", rest)[1]
     output = call(copy, *GRID, "status", "--wait", name, **variables)
@@ -167,5 +160,5 @@ def test_ctrl_c_leaves_the_jobs_alone(slurm, tmp_path):
     long = subprocess.Popen([*run[:-1], "train@*focal3*"], cwd=copy, env=environment(copy) | variables)
     until(lambda: epochs_saved(copy, "train@tiny-focal3-0"))
     assert "is being stopped" in call(copy, *GRID, "cancel", **variables)
-    assert long.wait(timeout=120) == 1 and "cancelled" in call(copy, *GRID, "status", fails=True, **variables)
+    assert long.wait(timeout=DEADLINE) == 1 and "cancelled" in call(copy, *GRID, "status", fails=True, **variables)
     assert command("squeue", "--noheader", "--states=running,pending", "--format=%i") == ""

@@ -85,6 +85,8 @@ def parser() -> argparse.ArgumentParser:
 def call(given: argparse.Namespace) -> int | None:
     """Do what a command line asks for; the exit status, where that is not 0."""
     if given.verb == "data" and given.prepare:
+        if given.name:
+            raise ValueError("--prepare writes what a study needs; give no data sets beside it.")
         from compendium import images
 
         images.write_prepared(given.prepare)

@@ -104,13 +104,13 @@ def results(study: str, how: str = "mean", only=()) -> pd.DataFrame:
 
 
 def gradients(study: str, loss: str, seed: int) -> tuple[list[int], np.ndarray]:
-    """Epochs, and per-sample norms of the head's gradient at each: (epochs, N), see train.head_gradient_norms."""
+    """Epochs, and per-sample norms of the head's gradient at each: (epochs, N), see networks.head_gradient_norms."""
     file = paths.read_npz(paths.run(study, loss, seed) / "gradients.npz")
     return file["epochs"].tolist(), file["norms"].astype(np.float32)
 
 
 def shifted(study: str, loss: str, seed: int) -> dict[str, np.ndarray]:
-    """Logits (N, K) of images the network was not trained on, by name, see train.predict_shifted."""
+    """Logits (N, K) of images the network was not trained on, by name, see trainings.predict_shifted."""
     file = paths.read_npz(paths.run(study, loss, seed) / "shifted.npz")
     return {name: logits.astype(np.float64) for name, logits in file.items()}
 

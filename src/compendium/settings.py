@@ -69,33 +69,33 @@ def names(kind) -> list[str]:
 
 def params() -> dict:
     """params.yaml as a dictionary."""
-    return yaml.safe_load((paths.root() / "params.yaml").read_text())
+    try:
+        return yaml.safe_load((paths.root() / "params.yaml").read_text()) or {}
+    except yaml.YAMLError as problem:
+        raise ValueError(f"params.yaml is not YAML: {' '.join(str(problem).split())}.") from None
+
+
+def block(parent: dict, name: str, place: str) -> dict:
+    """parent[name], if that is a mapping; nothing at all counts as an empty one."""
+    found = {} if parent.get(name) is None else parent[name]
+    if not isinstance(found, dict):
+        raise ValueError(f"{place} in params.yaml must consist of 'name: value' settings, got {found!r}.")
+    return found
 
 
 def active() -> dict:
-    """The block ``active`` of params.yaml."""
-    chosen = params()["active"]
+    """The block ``active`` of params.yaml: lists, of which a missing one is empty, and the mapping ``sweeps``."""
+    given = block(params(), "active", "active")
+    chosen = {name: given.get(name) or [] for name in ("studies", "published", "analysed", "losses", "seeds")}
+    for name, values in chosen.items():
+        if not isinstance(values, list):
+            raise ValueError(f"active.{name} in params.yaml must be a list, got {values!r}.")
     if both := set(chosen["studies"]) & set(chosen["published"]):
         raise ValueError(
             f"'{min(both)}' stands under active.studies and active.published in params.yaml: its runs are either "
             "trained here or taken from published/; delete it from one of the two."
         )
-    return chosen
-
-
-def _block(parent: dict, name: str, place: str) -> dict:
-    """parent[name], if that is a mapping; nothing at all counts as an empty one."""
-    block = {} if parent.get(name) is None else parent[name]
-    if not isinstance(block, dict):
-        raise ValueError(f"{place} in params.yaml must consist of 'name: value' settings, got {block!r}.")
-    return block
-
-
-def _study(values: dict, name: str) -> Study:
-    if name not in values["studies"]:
-        raise ValueError(f"Unknown study '{name}'; params.yaml defines: {', '.join(values['studies'])}.")
-    block = _block(values["studies"], name, f"studies.{name}")
-    return build(Study, block, dict.fromkeys(block, f"studies.{name}"))
+    return chosen | {"sweeps": block(given, "sweeps", "active.sweeps")}
 
 
 def study(name: str) -> Study:
@@ -103,12 +103,20 @@ def study(name: str) -> Study:
     return _study(params(), name)
 
 
+def _study(values: dict, name: str) -> Study:
+    studies = block(values, "studies", "studies")
+    if name not in studies:
+        raise ValueError(f"Unknown study '{name}'; params.yaml defines: {', '.join(studies) or 'none'}.")
+    own = block(studies, name, f"studies.{name}")
+    return build(Study, own, dict.fromkeys(own, f"studies.{name}"))
+
+
 def data(name: str) -> Data:
     """Data settings of a study: its own over shared.datasets.<dataset>."""
     values = params()
-    own, shared = _study(values, name).data, values["shared"].get("datasets", {})
+    own, datasets = _study(values, name).data, block(block(values, "shared", "shared"), "datasets", "shared.datasets")
     place = f"shared.datasets.{own.get('dataset')}"
-    common = _block(shared, own.get("dataset"), place)
+    common = block(datasets, own.get("dataset"), place)
     return build(Data, common | own, dict.fromkeys(common, place) | dict.fromkeys(own, f"studies.{name}.data"))
 
 
@@ -122,20 +130,19 @@ def training(name: str, loss: str):
 
     kind = checked(Training, frozen=True, config=ConfigDict(extra="forbid", strict=True))
     values = params()
-    entry, shared = _study(values, name), values["shared"]
-    if loss not in shared["losses"]:
-        raise ValueError(
-            f"Unknown loss '{loss}'; params.yaml lists under shared.losses: {', '.join(shared['losses'])}."
-        )
+    entry, shared = _study(values, name), block(values, "shared", "shared")
+    known_losses = block(shared, "losses", "shared.losses")
+    if loss not in known_losses:
+        raise ValueError(f"Unknown loss '{loss}'; params.yaml lists under shared.losses: {', '.join(known_losses)}.")
     blocks = {
-        "shared.protocol": _block(shared, "protocol", "shared.protocol"),
+        "shared.protocol": block(shared, "protocol", "shared.protocol"),
         f"studies.{name}.training": entry.training,
-        f"shared.losses.{loss}": _block(shared["losses"], loss, f"shared.losses.{loss}"),
+        f"shared.losses.{loss}": block(known_losses, loss, f"shared.losses.{loss}"),
         f"studies.{name}.exceptions.{loss}": entry.exceptions.get(loss, {}),
     }
     known, merged, where, special = names(kind), {}, {}, {}
-    for number, (place, block) in enumerate(blocks.items()):
-        for key, value in block.items():
+    for number, (place, values) in enumerate(blocks.items()):
+        for key, value in values.items():
             if key in known or number < 2:
                 merged[key], where[key] = value, place
             else:

@@ -139,7 +139,8 @@ class ScheduledFocal(nn.Module):
 
     def __init__(self, gammas=(5.0, 3.0, 1.0), switches=(100 / 350, 250 / 350)):
         super().__init__()
-        if len(gammas) != len(switches) + 1 or list(switches) != sorted(switches) or not 0 < min(switches) <= 1:
+        rising = list(switches) == sorted(switches) and all(0 < switch <= 1 for switch in switches)
+        if len(gammas) != len(switches) + 1 or not rising:
             raise ValueError("flsc531: needs one gamma more than switches, and switches that rise from above 0 to 1.")
         for gamma in gammas:
             _not_negative("flsc531: gamma", gamma)

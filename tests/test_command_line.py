@@ -1,0 +1,119 @@
+"""python -m compendium VERB."""
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import parameters, write_parameters
+
+from compendium import __main__ as command_line
+from compendium.__main__ import VERBS, main
+
+ROOT = Path(__file__).parents[1]
+TEXTS = ("Makefile", "README.md", "dvc.yaml", "docs/grid.md", "docs/paper-scale.md")
+
+
+def run(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
+    """What a fresh Python prints and returns for this code."""
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_says_what_it_does_with_an_example(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    description, example = VERBS[verb]
+    assert "\n" not in description and len(description) <= 120 and description.endswith(".")
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0 and description in lines and f"example: {example}" in lines
+    program, *arguments = example.split()
+    assert program == "compendium" and command_line.parser().parse_args(arguments).verb == verb
+
+
+def test_help_lists_all_verbs_and_loads_nothing_heavy():
+    code = """
+import runpy, sys
+sys.argv = ["compendium", "--help"]
+try:
+    runpy.run_module("compendium", run_name="__main__")
+except SystemExit as stop:
+    heavy = {"torch", "numpy", "pandas", "papermill", "nbformat", "dvc", "submitit", "matplotlib", "pydantic", "yaml"}
+    print("status", stop.code, "loaded", sorted(heavy & set(sys.modules)))
+"""
+    said = run(code).stdout
+    assert said.splitlines()[-1] == "status 0 loaded []"
+    assert re.findall(r"^    (\w+)", said, re.M) == list(VERBS)
+    assert all(" ".join(description.split()) in " ".join(said.split()) for description, _ in VERBS.values())
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "extras"),
+    [
+        ("pydantic", ["data", "svhn"], "compendium"),
+        ("nbformat", ["notebook", "a.ipynb", "b.ipynb"], "compendium"),
+        ("dvc", ["grid", "status"], "compendium"),
+        ("altair", ["report"], "compendium,report"),
+    ],
+)
+def test_what_is_not_installed_is_named(missing, arguments, extras):
+    code = f"import sys; sys.modules[{missing!r}] = None; from compendium.__main__ import main; main({arguments})"
+    done = run(code)
+    wanted = f"focalcal: '{missing}[.a-z]*' is missing; install what this needs with: pip install '.\\[{extras}\\]'\n"
+    assert done.returncode == 1 and done.stdout == "" and re.fullmatch(wanted, done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "huge", "focal1"], "Unknown study 'huge'; params.yaml defines: tiny."),
+        (["train", "tiny", "brier"], "Unknown loss 'brier'; params.yaml lists under shared.losses: focal1, adafocal."),
+        (["data", "moon"], "'moon' is not fetched; data sets that are: fashion_mnist, cifar10, cifar100, svhn,"),
+        (["data", "--prepare", "huge"], "Unknown study 'huge'"),
+        (["assess", "mine", "none.npz"], "none.npz is missing"),
+        (["publish", "add", "none.tar"], "[Errno 2] No such file or directory: 'none.tar'"),
+        (["grid", "run", "--jobs", "0"], "--jobs must be 1 or more, got 0."),
+        (["grid", "cancel"], "There is no such grid; started here: none."),
+        (["bench", "--networks", "resnet9000"], "Unknown network 'resnet9000'; choose one of: small_resnet"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(tmp_path, monkeypatch, arguments, words):
+    write_parameters(tmp_path, parameters())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FOCALCAL_SCRATCH", raising=False)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # grid's handlers are for a process of its own
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert str(stop.value).startswith(f"focalcal: {words}") and "\n" not in str(stop.value)
+
+
+def test_outside_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="^focalcal: No dvc.yaml in .*; run this inside the focalcal folder.$"):
+        main(["train", "tiny", "focal1"])
+
+
+def test_what_nobody_can_mend_is_shown_whole(monkeypatch):
+    monkeypatch.setattr(command_line, "call", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["data"])
+
+
+def test_the_report_is_built_into_site_or_where_one_says(tmp_path, monkeypatch):
+    (tmp_path / "dvc.yaml").touch()
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/build.py").write_text("def build(out):\n    out.mkdir()\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["report"]) is None and (tmp_path / "site").is_dir()
+    main(["report", "elsewhere"])
+    assert (tmp_path / "elsewhere").is_dir()
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_what_is_written_down_names_the_verbs_there_are(name):
+    text = (ROOT / name).read_text()
+    assert set(re.findall(r"python -m compendium (\w+)", text)) <= set(VERBS)
+    assert not re.findall(r"-m focalcal\b.*", text)

@@ -1,0 +1,116 @@
+"""params.yaml, read and checked before anything runs."""
+
+import dataclasses
+
+import pytest
+from helpers import parameters, write_parameters
+
+from compendium import settings
+from focalcal import train
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes params.yaml with the values at some dotted paths changed; a value None is kept as such."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(changes=None):
+        values = parameters()
+        for path, value in (changes or {}).items():
+            block, *parents, last = values, *path.split(".")
+            for name in parents:
+                block = block[name]
+            block[last] = value
+        write_parameters(tmp_path, values)
+
+    write()
+    return write
+
+
+def test_later_blocks_of_params_win(write):
+    training, special = settings.training("tiny", "focal1")
+    assert isinstance(training, train.Training)
+    assert (training.momentum, training.reduction, training.clip) == (0.8, "mean", 7)
+    assert special == {"function": "focal", "gamma": 1.5}
+    write({"studies.tiny.exceptions.focal1": {"gamma": 2, "momentum": 0.7}})
+    training, special = settings.training("tiny", "focal1")
+    assert (training.momentum, training.clip, training.epochs) == (0.7, 2, 3)
+    assert special == {"function": "focal", "gamma": 2}
+    training, special = settings.training("tiny", "adafocal")
+    assert (training.momentum, training.reduction) == (0.8, "sum") and special == {}
+
+
+def test_settings_are_those_of_the_engine_and_can_be_replaced(write):
+    training, _ = settings.training("tiny", "adafocal")
+    plain = train.Training(**dataclasses.asdict(training))
+    assert dataclasses.asdict(plain) == dataclasses.asdict(training) and plain.threads is None
+    assert dataclasses.replace(training, threads=2).threads == 2
+    with pytest.raises(ValueError, match="epochs must be 1 or more"):
+        dataclasses.replace(training, epochs=0)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("shared.protocol.learning_rat", 0.1, "shared.protocol has no setting 'learning_rat'; it has: network, epochs"),
+        ("studies.tiny.training.learning_rat", 1, "studies.tiny.training has no setting 'learning_rat'; it has: "),
+        ("studies.tiny.training.learning_rate", -0.1, "training.learning_rate must be finite and above 0, got -0.1"),
+        ("studies.tiny.training.learning_rate", float("nan"), "training.learning_rate must be finite and above 0, got"),
+        ("studies.tiny.training.epochs", 2.5, "studies.tiny.training.epochs: input should be a valid integer, got 2.5"),
+        ("studies.tiny.training.epochs", 0, "studies.tiny.training.epochs must be 1 or more, got 0"),
+        ("studies.tiny.training.threads", True, "studies.tiny.training.threads: input should be a valid integer"),
+        ("studies.tiny.training.augment", "yes please", "augment: input should be a valid boolean, got 'yes please'"),
+        ("studies.tiny.training.milestones", [2, 5], r"training.milestones must be epochs from 1 to 3, got \[2, 5\]"),
+        ("studies.tiny.training.milestones", ["two"], "milestones: input should be a valid integer, got 'two'"),
+        ("shared.losses.focal1.reduction", "total", "losses.focal1.reduction: input should be 'sum' or 'mean', got"),
+        ("studies.tiny.exceptions.focal1", {"clip": 0}, "tiny.exceptions.focal1.clip must be finite and above 0"),
+        (
+            "studies.tiny.training",
+            {"epochs": 3, "milestones": []},
+            "'network' is missing in params.yaml; looked in shared.protocol and .*studies.tiny.training",
+        ),
+        ("shared.protocol.momentum", None, "shared.protocol.momentum: input should be a valid number, got None"),
+        ("studies.tiny.training", [3], "studies.tiny.training: input should be a valid dictionary"),
+        ("studies.tiny.exceptions", {"focal1": None}, "studies.tiny.exceptions: input should be a valid dictionary"),
+        ("studies.tiny.training_", {}, "studies.tiny has no setting 'training_'; it has: data, training, exceptions"),
+        ("studies.tiny", {"data": {}}, "'training' is missing in params.yaml; looked in studies.tiny"),
+        ("studies.tiny", 3, "studies.tiny in params.yaml must consist of 'name: value' settings, got 3"),
+        ("shared.losses.focal1", 3, "shared.losses.focal1 in params.yaml must consist of 'name: value' settings"),
+        ("shared.losses", {}, "Unknown loss 'focal1'; params.yaml lists under shared.losses: "),
+        ("studies", {"other": {}}, "Unknown study 'tiny'; params.yaml defines: other"),
+    ],
+)
+def test_bad_settings_are_named(write, path, value, words):
+    write({path: value})
+    with pytest.raises(ValueError, match=words) as problem:
+        settings.training("tiny", "focal1")
+    assert "\n" not in str(problem.value)
+
+
+def test_a_block_may_be_empty(write):
+    write({"shared.losses.adafocal": None})
+    assert settings.training("tiny", "adafocal")[1] == {}
+
+
+def test_a_study_sees_its_data_sets_common_settings_under_its_own(write):
+    write({"shared.datasets": {"digits": {"val": 7, "mean": [0.3]}}})
+    found = settings.data("tiny")
+    assert (found.val, found.mean, found.seed, found.shifted) == (5, [0.3], 1, [])
+    write({"shared.datasets": {"digits": {"vall": 7}}})
+    with pytest.raises(ValueError, match="shared.datasets.digits has no setting 'vall'"):
+        settings.data("tiny")
+    write({"studies.tiny.data.test": 0})
+    with pytest.raises(ValueError, match="studies.tiny.data.test: input should be greater than 0, got 0"):
+        settings.data("tiny")
+    with pytest.raises(ValueError, match="Unknown study 'huge'; params.yaml defines: tiny"):
+        settings.data("huge")
+
+
+def test_a_study_is_either_trained_or_published(write):
+    assert settings.active()["losses"] == ["focal1"]
+    write({"active.published": ["other", "tiny"]})
+    with pytest.raises(
+        ValueError, match="^'tiny' stands under active.studies and active.published in params.yaml"
+    ) as p:
+        settings.active()
+    assert "\n" not in str(p.value) and str(p.value).endswith("delete it from one of the two.")
