@@ -100,7 +100,7 @@ def test_a_grid_leaves_the_bytes_of_dvc_repro_whatever_threads_there_are(copy):
 
 @pytest.mark.whole
 def test_a_stopped_grid_goes_on(copy):
-    write_parameters(copy, parameters(LOSSES, exceptions={"focal3": {"epochs": 250, "evaluate_train_every": 250}}))
+    write_parameters(copy, parameters(LOSSES, exceptions={"focal3": {"epochs": 200, "evaluate_train_every": 200}}))
     with started(copy) as head:
         until(lambda: saved(copy) or head.poll() is not None)
         assert "running" in call(copy, *GRID, "status", fails=True)
