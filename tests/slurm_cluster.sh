@@ -38,6 +38,7 @@ SchedulerParameters=sched_interval=2,batch_sched_delay=1
 SlurmdTimeout=5
 KillWait=5
 ReturnToService=2
+MinJobAge=3600
 SlurmdParameters=config_overrides
 NodeName=n1 NodeHostname=localhost Port=17001 CPUs=1 RealMemory=8000
 NodeName=n2 NodeHostname=localhost Port=17002 CPUs=1 RealMemory=8000
