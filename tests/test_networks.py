@@ -37,7 +37,7 @@ def test_the_network_for_tiny_imagenet_pools_to_two_by_two():
         model = networks.NETWORKS["resnet50_tiny_imagenet"](200).eval()
         assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 200)
     assert networks.head(model).in_features == 4 * 2048
-    assert set(networks.NETWORKS) == {*SIZES, "resnet50_tiny_imagenet"}
+    assert set(networks.NETWORKS) == {*SIZES, "resnet50_tiny_imagenet", *networks.TEXT}
 
 
 def test_initial_weights_depend_on_the_seed_alone():
@@ -74,7 +74,7 @@ def test_head_gradient_norms_against_autograd():
     norms = networks.head_gradient_norms(model, val, loss, batch_size=25)
     assert norms.shape == (60,) and norms.dtype == np.float32 and not model.training
     for i in (0, 31, 59):
-        logits = model(val.normalise(val.images[i : i + 1]))
+        logits = model(val.batch(slice(i, i + 1)))
         (slope,) = torch.autograd.grad(loss(logits, val.labels[i : i + 1]).sum(), head.weight)
         assert norms[i] == pytest.approx(slope.norm().item(), rel=1e-4)
     assert not head._forward_pre_hooks  # nothing is left on the model

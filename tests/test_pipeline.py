@@ -15,9 +15,9 @@ LOSSES = ["cross_entropy", "focal1", "adafocal"]
 CHAPTERS = ["04_nll_divergence", "05_weight_norms", "06_gamma_selection", "07_reliability", "08_results"]
 CHAPTERS += ["09_out_of_distribution", "10_evidence", "11_calibratability"]
 ELSEWHERE = """
-from compendium import images, publish, trainings
+from compendium import prepare, publish, trainings
 for study in ("small", "large"):
-    images.write_prepared(study)
+    prepare.write_prepared(study)
     trainings.train_jobs(study, ["cross_entropy", "focal1"], 0)
     publish.pack(study)
 """

@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from focalcal import feed, losses, metrics, networks, train
+from focalcal import devices, feed, losses, metrics, networks, train
 
 CPU = torch.device("cpu")
 
@@ -48,11 +48,11 @@ def test_training_learns(images):
 
 def test_the_first_step_is_clipped_sgd_on_the_sum(images):
     """One batch, by hand: w - lr * (clipped gradient of the summed loss + decay * w)."""
-    one = {**images, "train": feed.Split(*slice_of(images["train"], 40))}
+    one = {**images, "train": feed.Images(*slice_of(images["train"], 40))}
     run = new_run("cross_entropy", protocol(epochs=1, milestones=[], clip=0.5, augment=False))
     reference = networks.make("small_resnet", 3, 1, 0).train()
     order = feed.epoch_randomness(0, 1, 40)[0]
-    batch, labels = one["train"].normalise(one["train"].images[order]), one["train"].labels[order]
+    batch, labels = one["train"].batch(order), one["train"].labels[order]
     nn.functional.cross_entropy(reference(batch), labels, reduction="sum").backward()
     norm = torch.sqrt(sum(p.grad.square().sum() for p in reference.parameters()))
     assert norm > 0.5
@@ -64,7 +64,7 @@ def test_the_first_step_is_clipped_sgd_on_the_sum(images):
 
 
 def slice_of(split, n, on=CPU):
-    images = split.images[:n].permute(0, 2, 3, 1).contiguous().numpy()
+    images = split.inputs[:n].permute(0, 2, 3, 1).contiguous().numpy()
     return images, split.labels[:n].numpy(), [0.4], [0.3], on
 
 
@@ -140,7 +140,7 @@ def test_only_what_shares_its_batches_is_trained_together(images):
     next(train.train(begun, images, 0))
     longer, wider, plain = ({"epochs": 4}, {"batch_size": 32}, {"augment": False})
     for other in (begun, *(new_run("focal", protocol(**changes)) for changes in (longer, wider, plain))):
-        with pytest.raises(ValueError, match="need the same epochs, batch_size, augment and mode, and equal progress"):
+        with pytest.raises(ValueError, match="need the same epochs, batch_size, drop_last, augment and mode"):
             next(train.train_together([new_run("focal", protocol()), other], images, 0))
     next(train.train_together([new_run("focal", protocol()), new_run("focal", protocol(clip=1.0))], images, 0))
 
@@ -171,7 +171,7 @@ def test_divergence_stops_with_epoch_step_and_advice(images):
         ({"momentum": -0.1}, "momentum must be finite and 0 or more, got -0.1"),
         ({"milestones": [2, 4]}, r"milestones must be epochs from 1 to 3, got \[2, 4\]"),
         ({"milestones": [0]}, r"milestones must be epochs from 1 to 3, got \[0\]"),
-        ({"reduction": "total"}, "reduction must be one of sum, mean, got 'total'"),
+        ({"reduction": "total"}, "reduction must be one of sum, mean, per_document, got 'total'"),
         ({"mode": "faster"}, "mode must be one of auto, exact, fast, got 'faster'"),
     ],
 )
@@ -203,18 +203,18 @@ def test_gradient_histograms_are_taken_early_midway_and_late():
 
 def test_device_by_environment(monkeypatch):
     monkeypatch.setenv("FOCALCAL_DEVICE", "cpu")
-    assert train.device().type == "cpu"
+    assert devices.device().type == "cpu"
     monkeypatch.setenv("FOCALCAL_DEVICE", "tpu")
     with pytest.raises(ValueError, match="FOCALCAL_DEVICE is 'tpu', which this machine does not have; use auto, "):
-        train.device()
+        devices.device()
 
 
 def test_threads_are_those_of_the_settings():
     before = torch.get_num_threads()
     try:
-        train.set_numerics(protocol(threads=3), False, CPU)
+        devices.set_numerics(False, CPU, 3)
         assert torch.get_num_threads() == 3
-        train.set_numerics(protocol(threads=None), False, CPU)
+        devices.set_numerics(False, CPU, None)
         assert torch.get_num_threads() == 3  # as it was
     finally:
         torch.set_num_threads(before)
@@ -229,7 +229,7 @@ def test_gradients_of_every_layer_against_float64(monkeypatch, loss, mode, limit
     measured, whether the path computes the same function, drowns in that.
     """
     monkeypatch.setattr(nn.functional, "relu", lambda x, inplace=False: nn.functional.silu(x))
-    on, labels = train.device(), torch.arange(120) % 10
+    on, labels = devices.device(), torch.arange(120) % 10
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(10, 3, 16, 16, generator=generator)[labels]
     images += 0.5 * torch.randn(images.shape, generator=generator)
@@ -304,7 +304,7 @@ def test_noise_has_the_published_standard_deviation():
 def test_captured_steps_are_the_eager_steps(images, monkeypatch, names):
     """The same training with and without CUDA graphs, over two decays (so three captures) and a short last batch."""
     on = torch.device("cuda")
-    data = {name: feed.Split(*slice_of(split, len(split), on)) for name, split in images.items()}
+    data = {name: feed.Images(*slice_of(split, len(split), on)) for name, split in images.items()}
     fast = protocol(mode="fast")
 
     def rows():
@@ -323,7 +323,7 @@ def test_captured_steps_are_the_eager_steps(images, monkeypatch, names):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_exact_mode_repeats_bit_for_bit_on_a_gpu(images):
     on = torch.device("cuda")
-    data = {name: feed.Split(*slice_of(split, len(split), on)) for name, split in images.items()}
+    data = {name: feed.Images(*slice_of(split, len(split), on)) for name, split in images.items()}
 
     def rows():
         loss = losses.make("focal", gamma=GAMMAS["focal"])

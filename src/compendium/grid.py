@@ -207,9 +207,9 @@ def run_local(grid: Grid, slots: int | None) -> dict[str, dict]:
     """Start the stages one after another, one in each slot, with its share of GPUs or CPU threads."""
     import torch
 
-    from focalcal import train
+    from focalcal import devices
 
-    on, cores = train.device(), torch.get_num_threads()
+    on, cores = devices.device(), torch.get_num_threads()
     gpus = visible_gpus(on, torch.cuda.device_count()) if on.type == "cuda" else []
     slots = slots or len(gpus) or (cores if on.type == "cpu" else 1)
     threads = max(1, cores // slots)  # the same however many stages are left: results depend on it

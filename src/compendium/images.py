@@ -12,7 +12,7 @@ import zipfile
 
 import numpy as np
 
-from compendium import fetch, paths, settings
+from compendium import fetch
 from compendium.settings import Data
 
 FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
@@ -219,9 +219,3 @@ def statistics(config: Data, images: np.ndarray) -> dict[str, np.ndarray]:
     if ("test_mean" in found) != ("test_std" in found):
         raise ValueError("'test_mean' and 'test_std' go together; give both or none.")
     return found
-
-
-def write_prepared(study: str) -> None:
-    """Write a study's prepared.npz without the pipeline."""
-    paths.write_npz(paths.prepared(study), **prepare(settings.data(study)))
-    print(f"Wrote {paths.prepared(study)}.")

@@ -20,9 +20,9 @@ class _Settings(BaseModel):
 
 
 class Data(_Settings):
-    """Which images a study sees."""
+    """Which images or texts a study sees."""
 
-    dataset: str  # a name in images.DATASETS
+    dataset: str  # a name in images.DATASETS or texts.DATASETS
     train: PositiveInt  # samples to train on
     val: PositiveInt  # samples held out of the published training set, for temperatures and AdaFocal's gammas
     test: PositiveInt  # samples of the published test set; all of them for every number that is quoted
@@ -33,6 +33,8 @@ class Data(_Settings):
     test_std: list[Positive] | None = None
     per_class: bool = False  # draw val evenly from the classes
     shifted: list[str] = []  # data sets from elsewhere that the networks are tried on, names in images.DATASETS
+    vectors: str | None = None  # of the words of a text, a name in texts.VECTORS
+    masked: list[Annotated[int, Field(ge=0)]] = []  # classes that are never predicted, see focalcal.metrics
 
 
 class Study(_Settings):

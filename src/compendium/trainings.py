@@ -19,11 +19,22 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from compendium import checkpoints, paths, settings
-from focalcal import calibrate, feed, losses, metrics, networks, train
-from focalcal.feed import Split
+from focalcal import calibrate, devices, feed, losses, metrics, networks, optimizers, text, train
+from focalcal.feed import Images, Split
 from focalcal.train import Run, Training
 
-CODE = (calibrate, checkpoints, feed, losses, metrics, networks, train)  # and this module: what decides a result
+CODE = (
+    calibrate,
+    checkpoints,
+    devices,
+    feed,
+    losses,
+    metrics,
+    networks,
+    optimizers,
+    text,
+    train,
+)  # and this module: what decides a result
 
 
 class Job(NamedTuple):
@@ -43,8 +54,14 @@ def job(study: str, loss: str, seed: int) -> Job:
 
 def new_run(job: Job, prepared: dict[str, np.ndarray], on: torch.device) -> Run:
     """Initial weights and loss of a training; prepared: the arrays of the study's prepared.npz."""
-    classes, channels = len(prepared["classes"]), len(prepared["mean"])
-    model = networks.make(job.settings.network, classes, channels, job.seed).to(on)
+    if "embedding" in prepared:
+        of = torch.from_numpy(prepared["embedding"])
+        words = max(prepared[name].max() for name in prepared if name.endswith(("_tokens", "_words")))
+        if words >= len(of):
+            raise ValueError(f"A word of study '{job.study}' has number {words}, but there are {len(of)} word vectors.")
+    else:
+        of = len(prepared["mean"])
+    model = networks.make(job.settings.network, len(prepared["classes"]), of, job.seed).to(on)
     return Run(model, losses.make(job.loss, **job.loss_settings), job.settings)
 
 
@@ -55,7 +72,7 @@ def complete(jobs: list[Job], runs: list[Run], data: dict[str, Split], prepared:
     if a loss stops being finite, and RuntimeError if another process trains one of them.
     """
     begun, first = time.perf_counter(), jobs[0]
-    train.set_numerics(first.settings, runs[0].fast, runs[0].device)
+    devices.set_numerics(runs[0].fast, runs[0].device, first.settings.threads)
     with ExitStack() as claims:
         folders = []
         for job in jobs:
@@ -95,21 +112,21 @@ def key(job: Job, on: torch.device) -> str:
     return digest.hexdigest()[:16]
 
 
-def predictions(run: Run, data: dict[str, Split]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Logits and labels of val and test after the last epoch, anew if that was trained by an earlier process."""
-    if run.predictions:
-        return run.predictions
-    return {name: (train.predict(run.model, data[name]), data[name].labels.cpu().numpy()) for name in ("val", "test")}
+def predictions(run: Run, data: dict[str, Split]) -> dict[str, tuple]:
+    """What train.scored gives of val and test after the selected epoch, anew unless that is the last trained here."""
+    return run.predictions or {name: train.scored(run.model, data[name]) for name in ("val", "test")}
 
 
 def predict_shifted(model, prepared: dict[str, np.ndarray], on: torch.device) -> dict[str, np.ndarray]:
     """Logits, float16 (N, K), of what the model was not trained on: the study's data sets from elsewhere (name) and
-    the test images under Gaussian noise of the five severities (noise1 ... noise5)."""
+    the test images under Gaussian noise of the five severities (noise1 ... noise5). Nothing, for texts."""
+    if "test_images" not in prepared:
+        return {}
     scale = [prepared.get(f"test_{name}", prepared[name]) for name in ("mean", "std")]
     images = {name.removeprefix("shifted_"): prepared[name] for name in prepared if name.startswith("shifted_")}
     images |= {f"noise{level}": feed.gaussian_noise(prepared["test_images"], level) for level in range(1, 6)}
     none = np.zeros(0, np.int64)
-    return {name: train.predict(model, Split(x, none, *scale, on)).astype(np.float16) for name, x in images.items()}
+    return {name: train.predict(model, Images(x, none, *scale, on)).astype(np.float16) for name, x in images.items()}
 
 
 def provenance(on: torch.device) -> dict:
@@ -140,7 +157,7 @@ def cpu_model() -> str:
 def save(job: Job, run: Run, logits, shifted, seconds: float) -> None:
     """Write a finished training: history.csv, logits.npz, gradients.npz, shifted.npz, weights and provenance.
 
-    logits: split -> ((N, K) float32, (N,) int64); shifted: see predict_shifted; seconds: since the (last) start.
+    logits: split -> what train.scored gives; shifted: see predict_shifted; seconds: since the (last) start.
     Provenance already there is kept if the results are the same, byte for byte.
     """
     folder, study_folder = paths.run(job.study, job.loss, job.seed), paths.study(job.study)
@@ -152,11 +169,14 @@ def save(job: Job, run: Run, logits, shifted, seconds: float) -> None:
         writer.writerows({name: f"{value:.9g}" for name, value in row.items()} for row in run.history)
     arrays = {f"{split}_logits": pair[0] for split, pair in logits.items()}
     arrays |= {f"{split}_labels": pair[1] for split, pair in logits.items()}
-    paths.write_npz(folder / "logits.npz", **arrays, epoch=np.array(run.history[-1]["epoch"]))
+    if masked := logits["test"][2]:
+        arrays["masked"] = np.array(masked)
+    paths.write_npz(folder / "logits.npz", **arrays, epoch=np.array(run.selected))
     marks = sorted(run.gradients)
     norms = np.stack([run.gradients[epoch] for epoch in marks])
     paths.write_npz(folder / "gradients.npz", epochs=np.array(marks), norms=norms)
-    paths.write_npz(folder / "shifted.npz", **shifted)
+    if shifted:
+        paths.write_npz(folder / "shifted.npz", **shifted)
     with paths.atomic(study_folder / "models" / f"{job.loss}-{job.seed}.safetensors") as part:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in run.model.state_dict().items()}, part)
     record = study_folder / "provenance" / f"{job.loss}-{job.seed}.json"
@@ -173,7 +193,7 @@ def save(job: Job, run: Run, logits, shifted, seconds: float) -> None:
 
 def train_jobs(study: str, names: list[str], seed: int) -> None:
     """Train these losses of a study outside the pipeline, at the same time and on the same batches."""
-    on, jobs = train.device(), [job(study, loss, seed) for loss in names]
+    on, jobs = devices.device(), [job(study, loss, seed) for loss in names]
     prepared = paths.read_npz(paths.prepared(study))
     runs = [new_run(job, prepared, on) for job in jobs]
     complete(jobs, runs, feed.splits(prepared, on), prepared)

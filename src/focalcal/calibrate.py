@@ -10,7 +10,7 @@ from focalcal import metrics
 GRID = np.arange(1, 101) / 10  # 0.1, 0.2 ... 10.0, the papers' temperatures
 
 
-def temperature_by_nll(logits, labels) -> float:
+def temperature_by_nll(logits, labels, masked=()) -> float:
     """The temperature T that minimises the NLL of softmax(logits / T) (Guo et al. 2017), to about 1e-6 relative.
 
     Newton's method on the inverse temperature, in which the NLL is convex, kept inside a bracket. The result
@@ -45,15 +45,16 @@ def _newton(z: np.ndarray, mean_true: float, beta: float) -> float:
     return float(new)
 
 
-def temperature_by_ece(logits, labels, bins: int = metrics.BINS) -> float:
+def temperature_by_ece(logits, labels, masked=(), bins: int = metrics.BINS) -> float:
     """The temperature of the grid 0.1, 0.2 ... 10.0 with the lowest ECE (Mukhoti et al. 2020, sec. 5).
 
     On ties the lowest temperature wins, as in the published loop. Scaling moves no prediction, so only the
-    confidence 1 / sum(exp((z - max z) / T)) is computed anew.
+    confidence 1 / sum(exp((z - the predicted class's) / T)) is computed anew.
     """
     logits, labels = metrics.check(logits, labels)
-    correct = logits.argmax(axis=1) == labels
-    z = np.ascontiguousarray((logits - logits.max(axis=1, keepdims=True)).T, dtype=np.float32)
+    predicted = metrics.predictions(logits, masked)
+    correct, top = predicted == labels, np.take_along_axis(logits, predicted[:, None], axis=1)
+    z = np.ascontiguousarray((logits - top).T, dtype=np.float32)
     with ThreadPoolExecutor() as pool:
         count = len(logits) // 2500 + 1
         parts = zip(np.array_split(z, count, axis=1), np.array_split(correct, count), strict=True)
@@ -64,16 +65,17 @@ def temperature_by_ece(logits, labels, bins: int = metrics.BINS) -> float:
 def _residuals(z: np.ndarray, correct: np.ndarray, bins: int) -> np.ndarray:
     """Sum of confidence - correct per temperature of the grid and bin, (100, bins).
 
-    z: logits (K, N), each column's largest 0. exp(z / T) is the square of exp(z / 2T), so that half of the hundred
-    exponentials are products.
+    z: logits (K, N), each column's predicted class 0. exp(z / T) is the square of exp(z / 2T), so that half of the
+    hundred exponentials are products.
     """
     sums, part = np.empty((1 + len(GRID), z.shape[1]), np.float32), np.empty(z.shape, np.float32)
-    for tenths in range(51, 101):
-        np.exp(np.multiply(z, np.float32(10 / tenths), out=part), out=part)
-        part.sum(axis=0, out=sums[tenths])
-        while tenths % 2 == 0:
-            tenths //= 2
-            np.square(part, out=part).sum(axis=0, out=sums[tenths])
+    with np.errstate(over="ignore"):  # a masked class may be far more probable: infinite sums, confidence 0
+        for tenths in range(51, 101):
+            np.exp(np.multiply(z, np.float32(10 / tenths), out=part), out=part)
+            part.sum(axis=0, out=sums[tenths])
+            while tenths % 2 == 0:
+                tenths //= 2
+                np.square(part, out=part).sum(axis=0, out=sums[tenths])
     confidence = 1 / sums[1:]
     index = metrics.equal_width_index(confidence, bins)
     index += bins * np.arange(len(GRID))[:, None]
@@ -101,9 +103,9 @@ def gamma_for(p0: float) -> float:
     return float(a / b + lambertw(-(a ** (1 - a / b)) / b * np.log(a), k=-1).real / np.log(a))
 
 
-def temperatures(logits, labels) -> dict[str, float]:
+def temperatures(logits, labels, masked=()) -> dict[str, float]:
     """The three scalings that every table reports: none (1), nll and ece; to be chosen on validation data."""
-    return {"none": 1.0, "nll": temperature_by_nll(logits, labels), "ece": temperature_by_ece(logits, labels)}
+    return {"none": 1.0, "nll": temperature_by_nll(logits, labels), "ece": temperature_by_ece(logits, labels, masked)}
 
 
 def refinement(logits, labels) -> float:
@@ -116,11 +118,11 @@ def refinement(logits, labels) -> float:
 
 
 def after_scaling(val: tuple, test: tuple) -> dict[str, float]:
-    """What history.csv keeps of temperature scaling after an epoch; val, test: logits (N, K) and labels (N,).
+    """What history.csv keeps of temperature scaling after an epoch; val, test: logits (N, K), labels (N,), and masked.
 
     val_temperature (of lowest validation NLL), test NLL and ECE at it, and the refinement of either split.
     """
-    val, test = metrics.check(*val), metrics.check(*test)
+    masked, val, test = test[2:], metrics.check(*val[:2]), metrics.check(*test[:2])
     temperature = temperature_by_nll(*val)
     scaled = test[0] / temperature
     return {
@@ -128,21 +130,21 @@ def after_scaling(val: tuple, test: tuple) -> dict[str, float]:
         "test_refinement": refinement(*test),
         "val_temperature": temperature,
         "test_nll_scaled": metrics.nll(scaled, test[1]),
-        "test_ece_scaled": metrics.ece(scaled, test[1]),
+        "test_ece_scaled": metrics.ece(scaled, test[1], *masked),
     }
 
 
 def measure(splits: dict, chosen: dict[str, float]) -> list[dict]:
     """Every metric and the mean confidence of every split and temperature: tidy rows (split, scaling, metric, value).
 
-    splits: name -> (logits, labels); chosen: scaling -> temperature.
+    splits: name -> (logits, labels) or (logits, labels, masked); chosen: scaling -> temperature.
     """
     rows = []
-    for split, (logits, labels) in splits.items():
+    for split, (logits, *labels) in splits.items():
         for scaling, temperature in chosen.items():
             scaled = logits / temperature
-            values = metrics.calibration_errors(scaled, labels)
-            values |= {name: metrics.METRICS[name](scaled, labels) for name in metrics.METRICS if name not in values}
+            values = metrics.calibration_errors(scaled, *labels)
+            values |= {name: metrics.METRICS[name](scaled, *labels) for name in metrics.METRICS if name not in values}
             for name in (*metrics.METRICS, "confidence"):
                 rows.append({"split": split, "scaling": scaling, "metric": name, "value": values[name]})
     return rows

@@ -1,4 +1,6 @@
-"""Images on their way to the network: splits kept on the device, augmentation, shuffled batches, noise."""
+"""Samples on their way to the network: splits kept on the device, augmentation, shuffled batches, noise."""
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,37 +11,125 @@ SEVERITIES = (0.04, 0.06, 0.08, 0.09, 0.10)  # standard deviations of CIFAR-10-C
 
 
 class Split:
-    """Images and labels of one split on a device, kept as uint8 (N, C, H, W) and normalised batch by batch.
+    """Samples of one split on a device: inputs (N, ...) and labels (N,), and what the network is given of them.
+
+    As it stands, that is the inputs themselves, say tokens (N, L). masked: classes that are never predicted, see
+    metrics.
+    """
+
+    fixed_shape = True  # batches of one size have one shape, as a captured step needs
+
+    def __init__(self, inputs: np.ndarray, labels: np.ndarray, on: torch.device, masked: tuple[int, ...] = ()):
+        self.inputs, self.labels = torch.from_numpy(inputs).to(on), torch.from_numpy(labels).to(on)
+        self.masked = masked
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def batch(self, at):
+        """What the network is given in evaluation of the samples ``at``, a slice or numbers (n,)."""
+        return self.inputs[at]
+
+    def training_batch(self, at: Tensor, offsets: Tensor | None = None, flips: Tensor | None = None):
+        """What the network is given in training, and labels; offsets and flips of crop_and_flip augment images."""
+        return self.batch(at), self.labels[at]
+
+
+class Images(Split):
+    """Images, kept as uint8 (N, C, H, W) and normalised batch by batch.
 
     mean, std: per channel, of pixel values in [0, 1].
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, mean, std, on: torch.device):
-        self.images = torch.from_numpy(images).to(on).permute(0, 3, 1, 2)
-        self.labels = torch.from_numpy(labels).to(on)
+        super().__init__(images, labels, on)
+        self.inputs = self.inputs.permute(0, 3, 1, 2)
         scale = 255 * torch.as_tensor(std, dtype=torch.float32)
         self.scale = (1 / scale).view(-1, 1, 1).to(on)
         self.shift = (-torch.as_tensor(mean, dtype=torch.float32) * 255 / scale).view(-1, 1, 1).to(on)
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (n, C, H, W) to float32, channels last in memory."""
         return (images * self.scale + self.shift).contiguous(memory_format=torch.channels_last)
 
+    def batch(self, at) -> Tensor:
+        return self.normalise(self.inputs[at])
+
+    def training_batch(self, at: Tensor, offsets: Tensor | None = None, flips: Tensor | None = None):
+        images = self.inputs[at]
+        if offsets is not None:
+            images = crop_and_flip(images, offsets, flips)
+        return self.normalise(images), self.labels[at]
+
+
+class TreeBatch(NamedTuple):
+    """The nodes of some binary trees, leaves first, then by rising height, so that children come before parents."""
+
+    words: Tensor  # (leaves,) their word numbers
+    left: Tensor  # (nodes - leaves,) of the others, the place of the left child among all nodes of the batch
+    right: Tensor
+    levels: list[int]  # how many nodes of height 1, 2, ... there are
+    roots: Tensor  # (trees,) places of the roots, in the order asked for
+
+
+class Trees(Split):
+    """Binary trees whose every node has a label; a network is trained on the nodes and evaluated on the roots.
+
+    words, left, right, node_labels: int64 (nodes,) of all trees one after another, children before parents and each
+    root last; left and right count from the tree's first node and are -1 for a leaf, words is -1 for other nodes.
+    first: int64 (N + 1,), where each tree starts, and the number of nodes. labels are those of the roots.
+    """
+
+    fixed_shape = False
+
+    def __init__(self, words, left, right, node_labels, first, on: torch.device, masked: tuple[int, ...] = ()):
+        super().__init__(first[:-1], node_labels[first[1:] - 1], on, masked)
+        self.words, self.first, self.node_labels = words, first, torch.from_numpy(node_labels)
+        offset = np.repeat(first[:-1], np.diff(first))
+        self.left, self.right = left + offset, right + offset  # only read where there are children
+        self.height = np.zeros(len(words), np.int64)
+        for node in np.flatnonzero(words < 0):  # children come before parents
+            self.height[node] = 1 + max(self.height[self.left[node]], self.height[self.right[node]])
+
+    def _nodes(self, at: Tensor) -> tuple[TreeBatch, np.ndarray]:
+        """The batch, and its nodes' numbers among all nodes of the split."""
+        trees, on = at.cpu().numpy(), self.labels.device
+        nodes = np.concatenate([np.arange(self.first[tree], self.first[tree + 1]) for tree in trees])
+        nodes = nodes[np.argsort(self.height[nodes], kind="stable")]
+        place = np.empty(len(self.words), np.int64)
+        place[nodes] = np.arange(len(nodes))
+        inner = nodes[self.height[nodes] > 0]
+        found = self.words[nodes[: len(nodes) - len(inner)]], place[self.left[inner]], place[self.right[inner]]
+        words, left, right, roots = (torch.from_numpy(x).to(on) for x in (*found, place[self.first[trees + 1] - 1]))
+        return TreeBatch(words, left, right, np.bincount(self.height[nodes])[1:].tolist(), roots), nodes
+
+    def batch(self, at) -> TreeBatch:
+        return self._nodes(torch.arange(len(self))[at])[0]
+
+    def training_batch(self, at: Tensor, offsets: Tensor | None = None, flips: Tensor | None = None):
+        """The trees, and the labels of their nodes, in the order of the batch."""
+        batch, nodes = self._nodes(at)
+        return batch, self.node_labels[nodes].to(self.labels.device)
+
 
 def splits(prepared, on: torch.device) -> dict[str, Split]:
-    """train, val and test on a device, from arrays named as in a prepared .npz.
+    """train, val and test on a device, from arrays named as in a prepared .npz, each with the split's name in front.
 
-    prepared: {split}_images, uint8 (N, H, W, C), and {split}_labels, int64 (N,); mean and std (C,) of pixels in
-    [0, 1]; test_mean and test_std where the test set has its own.
+    Images: _images, uint8 (N, H, W, C), and _labels, int64 (N,); mean and std (C,) of pixels in [0, 1]; test_mean
+    and test_std where the test set has its own. Documents: _tokens, int64 (N, L), and _labels. Trees: _words, _left,
+    _right, _node_labels and _first, see ``Trees``. masked (m,), where there are such classes.
     """
-    found = {}
+    found, masked = {}, tuple(prepared["masked"].tolist()) if "masked" in prepared else ()
     for name in ("train", "val", "test"):
-        statistics = (prepared["test_mean"], prepared["test_std"]) if name == "test" and "test_mean" in prepared else ()
-        mean, std = statistics or (prepared["mean"], prepared["std"])
-        found[name] = Split(prepared[f"{name}_images"], prepared[f"{name}_labels"], mean, std, on)
+        if f"{name}_tokens" in prepared:
+            found[name] = Split(prepared[f"{name}_tokens"], prepared[f"{name}_labels"], on, masked)
+        elif f"{name}_first" in prepared:
+            arrays = [prepared[f"{name}_{kind}"] for kind in ("words", "left", "right", "node_labels", "first")]
+            found[name] = Trees(*arrays, on, masked)
+        else:
+            own = "test_" if name == "test" and "test_mean" in prepared else ""
+            statistics = prepared[f"{own}mean"], prepared[f"{own}std"]
+            found[name] = Images(prepared[f"{name}_images"], prepared[f"{name}_labels"], *statistics, on)
     return found
 
 
@@ -75,16 +165,20 @@ def epoch_randomness(seed: int, epoch: int, n: int, padding: int = 4) -> tuple[T
 
 
 class Batches:
-    """The shuffled, augmented, normalised batches of an epoch, the short last one included.
+    """The shuffled, augmented batches of an epoch, with or without the short last one.
 
     What differs from batch to batch, the position included, lies in tensors on the device, so that a captured step
     draws the next batch every time it is replayed.
     """
 
-    def __init__(self, split: Split, batch_size: int, augment: bool):
+    def __init__(self, split: Split, batch_size: int, augment: bool, drop_last: bool = False):
         n, on = len(split), split.labels.device
         self.split, self.augment = split, augment
         self.sizes = [min(batch_size, n - first) for first in range(0, n, batch_size)]
+        if drop_last and self.sizes[-1] < batch_size:
+            self.sizes.pop()
+        if not self.sizes:
+            raise ValueError(f"With drop_last, {n} samples give no batch of {batch_size}; lower batch_size.")
         self.order, self.offsets, self.flips = (t.to(on) for t in epoch_randomness(0, 0, n))
         self.first, self.number = (torch.zeros(1, dtype=torch.long, device=on) for _ in range(2))
 
@@ -100,12 +194,10 @@ class Batches:
         self.first.zero_()
         self.number.zero_()
 
-    def next(self, size: int) -> tuple[Tensor, Tensor]:
-        """Images, float32 (size, C, H, W), and labels of the next batch."""
+    def next(self, size: int) -> tuple:
+        """What the network is given of the next ``size`` samples, and labels."""
         at = self.first + torch.arange(size, device=self.first.device)
         chosen = self.order[at]
-        images = self.split.images[chosen]
-        if self.augment:
-            images = crop_and_flip(images, self.offsets[at], self.flips[at])
+        random = (self.offsets[at], self.flips[at]) if self.augment else ()
         self.first += size
-        return self.split.normalise(images), self.split.labels[chosen]
+        return self.split.training_batch(chosen, *random)

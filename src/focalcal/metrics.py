@@ -4,6 +4,10 @@ Conventions, shared by every function and equal to the code published with Mukho
 ``logits`` (N, K) are unnormalised log-probabilities, ``labels`` (N,) integers in [0, K). Bins are (lo, hi];
 confidence 0 falls into the first bin, 1 into the last. Confidences are float32 and compared with bin edges as such;
 sums over samples, and all that is not binned, are float64.
+
+``masked`` are classes that are never predicted: the prediction is the most probable of the others and the confidence
+its probability, not renormalised, so that it may lie below 1/K (the published reading of SST, whose neutral class is
+trained but not tested). What asks for no prediction (NLL, Brier score, classwise ECE) does not depend on it.
 """
 
 import numpy as np
@@ -41,18 +45,28 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
-def confidence_correct(logits, labels) -> tuple[np.ndarray, np.ndarray]:
+def predictions(logits: np.ndarray, masked=()) -> np.ndarray:
+    """The class of the largest logit (the first, on ties) that is not masked, (N,)."""
+    if not masked:
+        return logits.argmax(axis=1)
+    allowed = np.setdiff1d(np.arange(logits.shape[1]), masked)
+    if len(allowed) < 2 or max(masked) >= logits.shape[1] or min(masked) < 0:
+        raise ValueError(f"masked must leave 2 of the {logits.shape[1]} classes or more, got {list(masked)}.")
+    return allowed[logits[:, allowed].argmax(axis=1)]
+
+
+def confidence_correct(logits, labels, masked=()) -> tuple[np.ndarray, np.ndarray]:
     """What every top-label metric needs: confidence (N,) float32 in [1/K, 1] and correct (N,) bool."""
     logits, labels = _checked(logits, labels)
-    confidence, predicted, _ = _softmax(logits)
+    confidence, predicted, _ = _softmax(logits, masked)
     return confidence, predicted == labels
 
 
-def _softmax(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Confidence (N,) float32, predicted class (N,), and exp(logits - largest) (N, K) float32."""
-    predicted = logits.argmax(axis=1)
+def _softmax(logits: np.ndarray, masked=()) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Confidence (N,) float32, predicted class (N,), and exp(logits - the predicted one) (N, K) float32."""
+    predicted = predictions(logits, masked)
     shifted = logits - np.take_along_axis(logits, predicted[:, None], axis=1)
-    relative = np.exp(shifted.astype(np.float32, copy=False))
+    relative = np.exp(np.minimum(shifted, 80).astype(np.float32, copy=False))  # a masked one may be large
     return 1 / relative.sum(axis=1), predicted, relative
 
 
@@ -99,19 +113,19 @@ def calibration_error(confidence, correct, edges) -> float:
     return float(np.abs(confidence_sum - correct_sum).sum() / count.sum())
 
 
-def nll(logits, labels) -> float:
-    """Mean negative log-likelihood, in nats."""
+def nll(logits, labels, masked=()) -> float:
+    """Mean negative log-likelihood over all classes, in nats."""
     logits, labels = check(logits, labels)
     return float(-log_softmax(logits)[np.arange(len(labels)), labels].mean())
 
 
-def error(logits, labels) -> float:
+def error(logits, labels, masked=()) -> float:
     """Share of samples whose largest logit (the first, on ties) is not the label's."""
     logits, labels = check(logits, labels)
-    return float((logits.argmax(axis=1) != labels).mean())
+    return float((predictions(logits, masked) != labels).mean())
 
 
-def brier(logits, labels) -> float:
+def brier(logits, labels, masked=()) -> float:
     """Mean over samples of the sum over classes of (probability - one-hot)^2, in [0, 2] (Brier 1950)."""
     logits, labels = check(logits, labels)
     residual = np.exp(log_softmax(logits))
@@ -119,24 +133,24 @@ def brier(logits, labels) -> float:
     return float((residual**2).sum(axis=1).mean())
 
 
-def ece(logits, labels, bins: int = BINS) -> float:
+def ece(logits, labels, masked=(), bins: int = BINS) -> float:
     """Expected calibration error, equal-width bins (Naeini et al. 2015; Guo et al. 2017)."""
-    return calibration_error(*confidence_correct(logits, labels), equal_width_edges(bins))
+    return calibration_error(*confidence_correct(logits, labels, masked), equal_width_edges(bins))
 
 
-def adaptive_ece(logits, labels, bins: int = BINS) -> float:
+def adaptive_ece(logits, labels, masked=(), bins: int = BINS) -> float:
     """Adaptive ECE: equal-mass bins (Nguyen and O'Connor 2015), edges as in the published code."""
-    confidence, correct = confidence_correct(logits, labels)
+    confidence, correct = confidence_correct(logits, labels, masked)
     return calibration_error(confidence, correct, equal_mass_edges(confidence, bins))
 
 
-def mce(logits, labels, bins: int = BINS) -> float:
+def mce(logits, labels, masked=(), bins: int = BINS) -> float:
     """Maximum calibration error: the largest |mean confidence - accuracy| of a bin (Naeini et al. 2015)."""
-    count, confidence, correct = bin_sums(*confidence_correct(logits, labels), equal_width_edges(bins))
+    count, confidence, correct = bin_sums(*confidence_correct(logits, labels, masked), equal_width_edges(bins))
     return float((np.abs(confidence - correct) / np.maximum(count, 1)).max())
 
 
-def classwise_ece(logits, labels, bins: int = BINS) -> float:
+def classwise_ece(logits, labels, masked=(), bins: int = BINS) -> float:
     """Mean over classes 0..max(label) of the ECE of that class's probability (Kull et al. 2019)."""
     logits, labels = _checked(logits, labels)
     confidence, _, relative = _softmax(logits)
@@ -173,10 +187,10 @@ def auroc(in_logits, out_logits, score: str = "entropy") -> float:
     return float(roc_auc_score(is_out, np.concatenate([scores(in_logits), scores(out_logits)])))
 
 
-def calibration_errors(logits, labels, bins: int = BINS) -> dict[str, float]:
+def calibration_errors(logits, labels, masked=(), bins: int = BINS) -> dict[str, float]:
     """ECE, adaptive ECE, classwise ECE and MCE, named as in METRICS, and the mean confidence, from one softmax."""
     logits, labels = _checked(logits, labels)
-    confidence, predicted, relative = _softmax(logits)
+    confidence, predicted, relative = _softmax(logits, masked)
     correct, edges = predicted == labels, equal_width_edges(bins)
     count, confident, right = bin_sums(confidence, correct, edges)
     gaps = np.abs(confident - right)
@@ -204,14 +218,14 @@ SUMMARY = ("nll", "nll_correct", "nll_incorrect", "entropy_correct", "entropy_in
 SUMMARY += ("confidence",)
 
 
-def summary(logits, labels) -> dict[str, float]:
+def summary(logits, labels, masked=()) -> dict[str, float]:
     """What history.csv keeps of a split, by the names of SUMMARY.
 
     The NLL, its parts from correctly and wrongly classified samples (each divided by all N, so that they add up),
     the mean softmax entropy in nats of either group (NaN where a group is empty), error, ECE, adaptive ECE and the
     mean confidence.
     """
-    confidence, correct = confidence_correct(logits, labels)
+    confidence, correct = confidence_correct(logits, labels, masked)
     logits, labels = check(logits, labels)
     log_probs = log_softmax(logits)
     probs = np.exp(log_probs)

@@ -1,7 +1,8 @@
-"""Networks by name. Each entry of ``NETWORKS`` makes a module from (num_classes, in_channels=3).
+"""Networks by name. Each entry of ``NETWORKS`` makes a module from (num_classes, in_channels=3), those of text (see
+``text``) from (num_classes, embedding).
 
-The classifier head is the last ``nn.Linear``; weight norms and gradient histograms are taken there. All end in
-global average pooling, so any input size from 28x28 upwards fits.
+The classifier head is the last ``nn.Linear``; weight norms and gradient histograms are taken there. Those of images end
+in global average pooling, so any input size from 28x28 upwards fits.
 Sources: [M] the code published with Mukhoti et al., NeurIPS 2020; [H] He et al., CVPR 2016; [Z] Zagoruyko and
 Komodakis, BMVC 2016; [D] Huang et al., CVPR 2017.
 """
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from focalcal import text
 
 
 class Head(nn.Linear):
@@ -131,18 +134,28 @@ NETWORKS = {
     "resnet110": resnet110,
     "wide_resnet26_10": wide_resnet26_10,
     "densenet121": densenet121,
+    "global_pool_cnn": text.GlobalPoolCNN,
+    "tree_lstm": text.TreeLSTM,
 }
+TEXT = ("global_pool_cnn", "tree_lstm")  # of these, those that read text
 
 
-def make(name: str, num_classes: int, in_channels: int, seed: int) -> nn.Module:
-    """The network called ``name``, its initial weights drawn from ``seed`` alone (on the CPU)."""
+def make(name: str, num_classes: int, of: int | Tensor, seed: int) -> nn.Module:
+    """The network called ``name``, its initial weights drawn from ``seed`` alone (on the CPU).
+
+    of: what it reads, as the number of channels of images or the word vectors of text, float32 (words, D). Raises
+    ValueError for an unknown name, a bad seed, or a network that reads the other kind.
+    """
     if name not in NETWORKS:
         raise ValueError(f"Unknown network '{name}'; choose one of: {', '.join(NETWORKS)}.")
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"A seed must be a whole number, 0 or larger, got {seed!r}.")
+    if (name in TEXT) != isinstance(of, Tensor):
+        kinds = ("text", "images") if name in TEXT else ("images", "text")
+        raise ValueError(f"Network '{name}' reads {kinds[0]}, but the study's data are {kinds[1]}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return NETWORKS[name](num_classes, in_channels).to(memory_format=torch.channels_last)
+        return NETWORKS[name](num_classes, of).to(memory_format=torch.channels_last)
 
 
 def head(model: nn.Module) -> nn.Linear:
@@ -161,11 +174,12 @@ def head_gradient_norms(model: nn.Module, split, loss, batch_size: int) -> np.nd
     features, norms = [], []
     hook = head(model).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     try:
-        for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True):
+        for first in range(0, len(split), batch_size):
+            at = slice(first, first + batch_size)
             with torch.no_grad():
-                logits = model(split.normalise(images)).float()
+                logits = model(split.batch(at)).float()
             logits.requires_grad_()
-            (slope,) = torch.autograd.grad(loss(logits, labels).sum(), logits)
+            (slope,) = torch.autograd.grad(loss(logits, split.labels[at]).sum(), logits)
             norms.append(slope.norm(dim=1) * features.pop().float().norm(dim=1))
     finally:
         hook.remove()

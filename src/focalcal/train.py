@@ -9,18 +9,15 @@ mode computes the network in bfloat16 (weights, head, loss and evaluation stay i
 a GPU, replays the whole step, batch and augmentation included, as a CUDA graph.
 """
 
-import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only so
+import numpy as np
+import torch
+from torch import Tensor, nn
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from focalcal import calibrate, metrics, networks  # noqa: E402
-from focalcal.feed import Batches, Split  # noqa: E402
+from focalcal import calibrate, devices, metrics, networks, optimizers
+from focalcal.feed import Batches, Split
 
 GRADIENT_FRACTIONS = (10 / 350, 100 / 350, 200 / 350)  # the papers' histograms: epochs 10, 100, 200 of 350
 CPU_BATCH, GPU_BATCH = 250, 2500  # samples of an evaluation; on a CPU, larger ones fall out of its cache
@@ -34,12 +31,16 @@ class Training:
     epochs: int
     milestones: list[int]  # epochs, counted from 1, from which on the learning rate is 10 times lower
     batch_size: int  # samples
-    learning_rate: float  # of SGD
-    momentum: float  # no Nesterov
+    learning_rate: float
+    momentum: float  # of SGD, no Nesterov
     weight_decay: float
-    reduction: Literal["sum", "mean"]  # of the batch loss
-    clip: float  # largest gradient norm (L2, all parameters)
+    reduction: Literal["sum", "mean", "per_document"]  # of the batch loss; per_document: a sum divided by batch_size
+    clip: float | None  # largest gradient norm (L2, all parameters); None: as it comes
     augment: bool  # random crop after 4 pixels of zero padding, and horizontal flip
+    optimizer: Literal["sgd", "adam", "adagrad"] = "sgd"
+    embedding_learning_rate: float | None = None  # of plain SGD on trained word vectors; None: they go with the rest
+    select: Literal["last", "best"] = "last"  # epoch that is kept; best: the first of the highest validation accuracy
+    drop_last: bool = False  # leave the short last batch of an epoch out
     mode: Literal["auto", "exact", "fast"] = "auto"  # auto: exact on a CPU, fast on a GPU
     compiled: bool = False  # by torch.compile, in fast mode
     threads: int | None = None  # of a CPU, on which the bytes of a result depend; None: as many as PyTorch takes
@@ -49,13 +50,16 @@ class Training:
         for name in ("epochs", "batch_size", "evaluate_train_every", "threads"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value!r}.")
-        for name, zero in (("learning_rate", False), ("clip", False), ("momentum", True), ("weight_decay", True)):
-            if not 0 <= (value := getattr(self, name)) < float("inf") or not (value or zero):
-                raise ValueError(f"{name} must be finite and {'0 or more' if zero else 'above 0'}, got {value!r}.")
+        for name in ("learning_rate", "clip", "embedding_learning_rate"):
+            if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be finite and above 0, got {value!r}.")
+        for name in ("momentum", "weight_decay"):
+            if not 0 <= (value := getattr(self, name)) < float("inf"):
+                raise ValueError(f"{name} must be finite and 0 or more, got {value!r}.")
         if any(not 1 <= milestone <= self.epochs for milestone in self.milestones):
             raise ValueError(f"milestones must be epochs from 1 to {self.epochs}, got {self.milestones!r}.")
-        for name, known in (("reduction", ("sum", "mean")), ("mode", ("auto", "exact", "fast"))):
-            if (value := getattr(self, name)) not in known:
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and (value := getattr(self, name)) not in (known := get_args(kind)):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
 
     def learning_rate_at(self, epoch: int) -> float:
@@ -63,26 +67,18 @@ class Training:
         return self.learning_rate * 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
 
 
-def device() -> torch.device:
-    """cuda, mps or cpu, the first that is there; the environment variable FOCALCAL_DEVICE overrides."""
-    wanted = os.environ.get("FOCALCAL_DEVICE", "auto")
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    usable = [name for name, ok in there.items() if ok]
-    if wanted == "auto":
-        return torch.device(usable[0])
-    if wanted.split(":")[0] not in usable:
-        raise ValueError(
-            f"FOCALCAL_DEVICE is '{wanted}', which this machine does not have; use auto, {', '.join(usable)}."
-        )
-    return torch.device(wanted)
-
-
 @torch.no_grad()
 def predict(model: nn.Module, split: Split) -> np.ndarray:
     """Logits (N, K), float32, in evaluation mode."""
     model.eval()
-    batches = split.images.split(CPU_BATCH if split.images.device.type == "cpu" else GPU_BATCH)
-    return torch.cat([model(split.normalise(batch)).float() for batch in batches]).cpu().numpy()
+    size = CPU_BATCH if split.labels.device.type == "cpu" else GPU_BATCH
+    parts = [model(split.batch(slice(first, first + size))).float() for first in range(0, len(split), size)]
+    return torch.cat(parts).cpu().numpy()
+
+
+def scored(model: nn.Module, split: Split) -> tuple:
+    """What every metric takes: logits (N, K), labels (N,), classes that are never predicted."""
+    return predict(model, split), split.labels.cpu().numpy(), split.masked
 
 
 def gradient_epochs(epochs: int) -> list[int]:
@@ -96,7 +92,8 @@ class Run:
     loss: from losses.make. A loss may have ``start_epoch(epoch, epochs)``, ``update(confidence, correct)``
     (called after each epoch with the validation set) and ``log()`` (its moving parts, added to the row).
     history: rows as in history.csv; gradients: epoch -> networks.head_gradient_norms of the training set, (N,);
-    predictions: val and test -> logits (N, K) and labels (N,) after the last epoch that was trained here.
+    predictions: val and test -> what ``scored`` gives, after the last epoch that was trained here; selected: the epoch
+    whose weights count (settings.select), which train puts back into the model at the end.
     """
 
     def __init__(self, model: nn.Module, loss, settings: Training):
@@ -107,23 +104,23 @@ class Run:
         self.forward = torch.compile(model) if settings.compiled and self.fast else model
         if isinstance(loss, nn.Module):
             loss.to(self.device)
-        self.optimizer = torch.optim.SGD(
-            self.parameters,
-            lr=settings.learning_rate,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            fused=self.device.type == "cuda" or None,
-        )
-        for parameter in self.parameters:  # as after a step without gradient: what is saved has one form at any time
-            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.optimizers = optimizers.make(model, settings)
         self.batch_losses = self.gradient_norms = torch.zeros(0)  # of the steps of an epoch
-        self.history, self.gradients, self.predictions = [], {}, {}
+        self.history, self.gradients, self.predictions, self.best = [], {}, {}, {}
+
+    @property
+    def selected(self) -> int:
+        """The epoch whose weights count, of those trained."""
+        best = self.settings.select == "best"
+        return 1 + int(np.argmin([row["val_error"] for row in self.history])) if best else len(self.history)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that training changes, by name; writing into these tensors changes the run."""
         named = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
-            named[f"momentum.{name}"] = self.optimizer.state[parameter]["momentum_buffer"]
+            for optimizer in self.optimizers:
+                state = optimizer.state.get(parameter, {})  # .state[parameter] would make an entry
+                named |= {f"{kind}.{name}": tensor for kind, tensor in state.items()}
         if isinstance(self.loss, nn.Module):
             named |= {f"loss.{name}": tensor for name, tensor in self.loss.state_dict().items()}
         return named
@@ -132,20 +129,24 @@ class Run:
         self.model.train()
         if hasattr(self.loss, "start_epoch"):
             self.loss.start_epoch(epoch, self.settings.epochs)
-        self.optimizer.param_groups[0]["lr"] = self.settings.learning_rate_at(epoch)
+        self.optimizers[0].param_groups[0]["lr"] = self.settings.learning_rate_at(epoch)
         if len(self.batch_losses) != steps:
             self.batch_losses, self.gradient_norms = (torch.zeros(steps, device=self.device) for _ in range(2))
 
-    def step(self, images: Tensor, labels: Tensor, number: Tensor) -> None:
-        """One step of SGD; loss and gradient norm are noted at ``number`` (1,). Nothing waits for the device."""
+    def step(self, inputs, labels: Tensor, number: Tensor) -> None:
+        """One step; loss and gradient norm are noted at ``number`` (1,). Nothing waits for the device."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.fast):
-            logits = self.forward(images)
+            logits = self.forward(inputs)
         per_sample = self.loss(logits.float(), labels)
-        batch_loss = per_sample.sum() if self.settings.reduction == "sum" else per_sample.mean()
-        self.optimizer.zero_grad()
+        batch_loss = per_sample.mean() if self.settings.reduction == "mean" else per_sample.sum()
+        if self.settings.reduction == "per_document":  # a document may have many labels
+            batch_loss = batch_loss / self.settings.batch_size
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         batch_loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
-        self.optimizer.step()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip or float("inf"))
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.gradient_norms.index_copy_(0, number, norm.detach()[None])
         self.batch_losses.index_copy_(0, number, per_sample.detach().mean()[None])
 
@@ -161,10 +162,10 @@ class Run:
             if name == "train" and skip_train:
                 row |= {f"train_{key}": float("nan") for key in metrics.SUMMARY}
                 continue
-            pair = predict(self.model, split), split.labels.cpu().numpy()
-            row |= {f"{name}_{key}": value for key, value in metrics.summary(*pair).items()}
+            found = scored(self.model, split)
+            row |= {f"{name}_{key}": value for key, value in metrics.summary(*found).items()}
             if name != "train":
-                self.predictions[name] = pair
+                self.predictions[name] = found
         row |= calibrate.after_scaling(self.predictions["val"], self.predictions["test"])
         if hasattr(self.loss, "update"):
             self.loss.update(*metrics.confidence_correct(*self.predictions["val"]))
@@ -174,14 +175,21 @@ class Run:
             size = self.settings.batch_size
             self.gradients[epoch] = networks.head_gradient_norms(self.model, data["train"], self.loss, size)
         self.history.append(row)
+        if self.settings.select == "best" and self.selected == epoch:
+            self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         return row
+
+    def finish(self) -> None:
+        """Put the weights of the selected epoch into the model, once training is over."""
+        if self.selected < len(self.history):
+            self.model.load_state_dict(self.best)
+            self.predictions = {}
 
     def state(self) -> dict[str, Tensor]:
         """A copy of what a checkpoint keeps, besides the history, on the CPU."""
-        copied = {
-            name: torch.empty_like(t, device="cpu", memory_format=torch.contiguous_format).copy_(t)
-            for name, t in self.tensors().items()
-        }
+        kept = self.tensors() | {f"best.{name}": tensor for name, tensor in self.best.items()}
+        plain = {"device": "cpu", "memory_format": torch.contiguous_format}
+        copied = {name: torch.empty_like(tensor, **plain).copy_(tensor) for name, tensor in kept.items()}
         return copied | {f"gradients.{epoch}": torch.from_numpy(norms) for epoch, norms in self.gradients.items()}
 
     @torch.no_grad()
@@ -191,6 +199,7 @@ class Run:
             tensor.copy_(state[name])
         saved = [name for name in state if name.startswith("gradients.")]
         self.gradients = {int(name.split(".")[1]): state[name].numpy() for name in saved}
+        self.best = {name.removeprefix("best."): t.to(self.device) for name, t in state.items() if name[:5] == "best."}
         self.history = history
 
 
@@ -205,30 +214,25 @@ def check_finite(batch_losses: Tensor, epoch: int, settings: Training) -> None:
         )
 
 
-def set_numerics(settings: Training, fast: bool, on: torch.device) -> None:
-    """Process-wide switches of PyTorch: deterministic float32, or TF32 and the fastest kernels; CPU threads."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = not fast, fast
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = fast
-    if on.type == "cuda":
-        torch.use_deterministic_algorithms(not fast, warn_only=True)
+def take_step(runs: list[Run], batches: Batches, size: int, streams: list, dropout: int | None = None) -> None:
+    """One step of every run on the same batch; on a GPU each on its stream, if there are several.
 
-
-def take_step(runs: list[Run], batches: Batches, size: int, streams: list) -> None:
-    """One step of every run on the same batch; on a GPU each on its stream, if there are several."""
-    images, labels = batches.next(size)
+    dropout: what every run's dropout is seeded with, so that none depends on what is trained beside it.
+    """
+    inputs, labels = batches.next(size)
     if streams:
         main = torch.cuda.current_stream()
         for run, stream in zip(runs, streams, strict=True):
             stream.wait_stream(main)
             with torch.cuda.stream(stream):
-                run.step(images, labels, batches.number)
+                run.step(inputs, labels, batches.number)
         for stream in streams:
             main.wait_stream(stream)
     else:
         for run in runs:
-            run.step(images, labels, batches.number)
+            if dropout is not None:
+                torch.manual_seed(dropout)
+            run.step(inputs, labels, batches.number)
     batches.number += 1
 
 
@@ -258,32 +262,35 @@ def capture(runs: list[Run], batches: Batches, streams: list) -> dict:
 def train_together(runs: list[Run], data: dict[str, Split], seed: int):
     """Train several runs on the same batches; yields one list of rows per epoch, see ``train``.
 
-    Raises ValueError unless epochs, batch size, augmentation, mode and what is done already are the same for all.
+    Raises ValueError unless epochs, batches, augmentation, mode and what is done already are the same for all.
     """
     settings, fast, on, done = runs[0].settings, runs[0].fast, runs[0].device, len(runs[0].history)
-    shared = {(r.settings.epochs, r.settings.batch_size, r.settings.augment, r.fast, len(r.history)) for r in runs}
-    if len(shared) > 1:
-        raise ValueError(
-            "Losses trained together need the same epochs, batch_size, augment and mode, and equal progress."
-        )
-    set_numerics(settings, fast, on)
-    batches = Batches(data["train"], settings.batch_size, settings.augment)
+    names = ("epochs", "batch_size", "drop_last", "augment")
+    if len({(*(getattr(run.settings, name) for name in names), run.fast, len(run.history)) for run in runs}) > 1:
+        raise ValueError(f"Losses trained together need the same {', '.join(names)} and mode, and equal progress.")
+    devices.set_numerics(fast, on, settings.threads)
+    batches = Batches(data["train"], settings.batch_size, settings.augment, settings.drop_last)
+    captured = fast and on.type == "cuda" and data["train"].fixed_shape
     streams = [torch.cuda.Stream() for _ in runs] if on.type == "cuda" and len(runs) > 1 else []
     graphs, rates = {}, None
     for epoch in range(done + 1, settings.epochs + 1):
         for run in runs:
             run.start_epoch(epoch, len(batches.sizes))
         batches.shuffle(seed, epoch)
-        if fast and on.type == "cuda" and rates != [run.settings.learning_rate_at(epoch) for run in runs]:
+        if captured and rates != [run.settings.learning_rate_at(epoch) for run in runs]:
             rates = [run.settings.learning_rate_at(epoch) for run in runs]  # constants of the graphs
             graphs = capture(runs, batches, streams)
-        for size in batches.sizes:
-            graphs[size].replay() if graphs else take_step(runs, batches, size, streams)
+        torch.manual_seed(seed + 1_000_003 * epoch)  # of dropout in captured steps, which goes on from there
+        for step, size in enumerate(batches.sizes, (epoch - 1) * len(batches.sizes)):
+            dropout = seed + 1_000_003 * step
+            graphs[size].replay() if graphs else take_step(runs, batches, size, streams, dropout)
         yield [run.finish_epoch(epoch, data) for run in runs]
+    for run in runs:
+        run.finish()
 
 
 def train(run: Run, data: dict[str, Split], seed: int):
-    """Train a run with SGD, from the epoch after its history on, and yield a row per epoch, as in history.csv.
+    """Train a run, from the epoch after its history on, and yield a row per epoch, as in history.csv.
 
     data: the splits train, val and test. A row holds metrics.summary of each as train_*, val_* and test_*, in
     evaluation mode after the epoch (train_* is NaN where settings.evaluate_train_every leaves it out), and

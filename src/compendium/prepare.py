@@ -1,0 +1,20 @@
+"""What a study trains on and is tested on: its prepared.npz, of images or of texts."""
+
+from compendium import images, paths, settings, texts
+from compendium.settings import Data
+
+
+def prepare(config: Data) -> dict:
+    """The arrays of a study's prepared.npz, of images or texts; ValueError for an unknown data set."""
+    if config.dataset in texts.DATASETS:
+        return texts.prepare(config)
+    if config.dataset in images.DATASETS:
+        return images.prepare(config)
+    known = (*images.DATASETS, *texts.DATASETS)
+    raise ValueError(f"Unknown data set '{config.dataset}'; choose one of: {', '.join(known)}.")
+
+
+def write_prepared(study: str) -> None:
+    """Write a study's prepared.npz without the pipeline."""
+    paths.write_npz(paths.prepared(study), **prepare(settings.data(study)))
+    print(f"Wrote {paths.prepared(study)}.")

@@ -1,0 +1,204 @@
+"""Texts: 20 Newsgroups and the Stanford Sentiment Treebank, read and split as in Mukhoti et al.'s published code, with
+GloVe's word vectors.
+
+A new data set is one function that makes the arrays of ``feed.splits`` from a study's settings, and one line in
+``DATASETS``.
+"""
+
+import re
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from compendium import fetch, paths
+from compendium.settings import Data
+
+DOCUMENTS = 19_997  # of the original collection, which the papers use; "bydate" has 18,846
+LENGTH = 1000  # last tokens of a document that count
+VOCABULARY = 20_000  # word numbers below it are kept
+SEPARATORS = str.maketrans(dict.fromkeys('!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~\t\n', " "))  # those of Keras; no apostrophe
+BRACKETS = {"-lrb-": "(", "-rrb-": ")", "-lcb-": "{", "-rcb-": "}", "-lsb-": "[", "-rsb-": "]"}
+QUOTES = {"``": '"', "''": '"'}
+VECTORS = {"glove.6B.100d": "glove.6B.100d.txt", "cut-out": "glove.6B.100d.part.txt"}  # files in data/glove
+DIMENSIONS = 100
+
+
+def newsgroup_files() -> list[Path]:
+    """The documents in data/20_newsgroups: groups in the order of their names, numbers in that of their digits."""
+    folder = paths.root() / "data" / "20_newsgroups"
+    groups = sorted(path for path in folder.glob("*") if path.is_dir())
+    files = [file for group in groups for file in sorted(group.iterdir(), key=lambda f: f.name) if file.name.isdigit()]
+    if len(files) != DOCUMENTS or len(groups) != 20:
+        raise FileNotFoundError(
+            f"{folder} holds {len(files)} documents in {len(groups)} groups instead of {DOCUMENTS:,} in 20; "
+            "`python -m compendium data 20_newsgroups` fetches them."
+        )
+    return files
+
+
+def body(document: str) -> str:
+    """What follows the first blank line, if there is one behind the start."""
+    blank = document.find("\n\n")
+    return document[blank:] if blank > 0 else document
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words of a document, as Keras 2.1 splits them."""
+    return [word for word in text.lower().translate(SEPARATORS).split(" ") if word]
+
+
+def numbered(documents: list[list[str]], length: int = LENGTH, vocabulary: int = VOCABULARY):
+    """Word numbers int64 (N, length), zeros in front, and the words by number (the first, for padding, is empty).
+
+    Words are numbered from 1 by falling frequency, ties by first appearance; those from ``vocabulary`` on are dropped,
+    and then the last ``length`` kept.
+    """
+    counts = Counter(word for document in documents for word in document)
+    known = ["", *sorted(counts, key=lambda word: -counts[word])][:vocabulary]
+    number = {word: i for i, word in enumerate(known)}
+    tokens = np.zeros((len(documents), length), np.int64)
+    for row, document in zip(tokens, documents, strict=True):
+        kept = [number[word] for word in document if word in number][-length:]
+        row[length - len(kept) :] = kept
+    return tokens, known
+
+
+def vectors(name: str, wanted: list[str], missing=lambda n: np.zeros((n, DIMENSIONS))) -> np.ndarray:
+    """Word vectors, float32 (words, 100), of the words that are wanted; missing: gives rows for those without one."""
+    path = paths.root() / "data" / "glove" / VECTORS[name]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; `python -m compendium data '{fetch.GLOVE[name]}'` fetches it.")
+    rows, places = {}, set(wanted)
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            word, _, numbers = line.rstrip("\n").partition(" ")
+            if word in places:
+                rows[word] = numbers.split(" ")
+    if bad := [word for word, row in rows.items() if len(row) != DIMENSIONS]:
+        raise ValueError(
+            f"{path}: the vector of '{bad[0]}' has {len(rows[bad[0]])} numbers instead of {DIMENSIONS}; "
+            "delete the file and fetch it anew."
+        )
+    if not rows:
+        raise ValueError(f"{path} has a vector for none of the {len(wanted):,} words of the study.")
+    found = np.array([word in rows for word in wanted])
+    table = np.empty((len(wanted), DIMENSIONS), np.float32)
+    table[found] = np.array([rows[word] for word in np.array(wanted, object)[found]], np.float32)
+    table[~found] = missing(int((~found).sum()))
+    print(f"{name}: vectors of {found.sum():,} of {len(wanted):,} words.")
+    return table
+
+
+def newsgroups(config: Data) -> dict[str, np.ndarray]:
+    """20 Newsgroups (Lang 1995): 19,997 messages to 20 groups of the Usenet, headers cut away.
+
+    Numbered, padded and split as published, words of test documents included in the numbering. Arrays: *_tokens,
+    int64 (N, 1000); *_labels; train_index, val_index and test_index into the sorted files; embedding; classes.
+    """
+    files = newsgroup_files()
+    raw = [file.read_bytes() for file in files]
+    digests = np.fromfile(Path(__file__).with_name("20_newsgroups.crc32"), "<u4")
+    different = sum(zlib.crc32(content) != digest for content, digest in zip(raw, digests, strict=True))
+    print(f"{different} of {len(files):,} documents differ from the copy that the published runs were trained on.")
+    texts = [re.sub("\r\n?", "\n", content.decode("latin-1")) for content in raw]
+    tokens, known = numbered([words(body(text)) for text in texts])
+    classes = sorted({file.parent.name for file in files})
+    labels = np.array([classes.index(file.parent.name) for file in files], np.int64)
+    order = np.arange(len(files))
+    np.random.RandomState(config.seed).shuffle(order)  # the generator of the published code
+    sizes = {"train": config.train, "val": config.val, "test": config.test}
+    if sum(sizes.values()) > len(files):
+        raise ValueError(f"20_newsgroups has {len(files):,} documents; train, val and test ask for more.")
+    ends = {"test": len(files), "val": len(files) - config.test, "train": len(files) - config.test - config.val}
+    arrays = {}
+    for name, size in sizes.items():
+        rows = arrays[f"{name}_index"] = order[ends[name] - size : ends[name]]
+        arrays[f"{name}_tokens"], arrays[f"{name}_labels"] = tokens[rows], labels[rows]
+    return arrays | {"embedding": vectors(config.vectors, known), "classes": np.array(classes)}
+
+
+def trees(text: str, where: str) -> list[dict[str, list]]:
+    """Binary trees in brackets, one a line, as lists: words, left, right and node_labels (0 to 4), see feed.Trees.
+
+    A leaf is (label word), another node (label left right). ValueError, naming line and place, for anything else.
+    """
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        tree, open_nodes, done = {"words": [], "left": [], "right": [], "node_labels": []}, [], []
+        try:
+            for part in re.findall(r"[()]|[^() \n]+", line):
+                if part == "(":
+                    open_nodes.append([])
+                elif part != ")":
+                    open_nodes[-1].append(part)
+                else:
+                    label, *children = open_nodes.pop()
+                    leaf = len(children) == 1 and isinstance(children[0], str)
+                    if not leaf and [type(child) for child in children] != [int, int]:
+                        raise ValueError("a node has neither one word nor two children")
+                    if label not in ("0", "1", "2", "3", "4"):
+                        raise ValueError(f"'{label}' is no label from 0 to 4")
+                    word, left, right = (children[0], -1, -1) if leaf else (None, *children)
+                    for kind, value in zip(tree, (word, left, right, int(label)), strict=True):
+                        tree[kind].append(value)
+                    (open_nodes[-1] if open_nodes else done).append(len(tree["words"]) - 1)
+            if open_nodes or len(done) != 1:
+                raise ValueError("its brackets do not match")
+        except (ValueError, IndexError) as problem:
+            reason = problem if isinstance(problem, ValueError) else "its brackets do not match"
+            raise ValueError(f"{where}, line {number}: no binary tree, since {reason}.") from None
+        found.append(tree)
+    return found
+
+
+def plain(word: str) -> str:
+    """A token of the Penn treebank as GloVe writes it: in lower case, without escapes."""
+    word = word.lower().replace("\\/", "/").replace("\\*", "*")
+    return (BRACKETS | QUOTES).get(word, word)
+
+
+def sst(config: Data) -> dict[str, np.ndarray]:
+    """The Stanford Sentiment Treebank (Socher et al. 2013): parsed sentences of film reviews, each phrase labelled.
+
+    Classes are negative (0 and 1 of five), neutral and positive (3 and 4). Sentences with a neutral root are left out;
+    neutral phrases stay. The vocabulary is that of all sentences, case kept; words without a vector are drawn from
+    N(-0.05, 0.05^2), as published. Arrays: those of feed.Trees by split; masked; embedding; classes.
+    """
+    splits = {}
+    for name, file in (("train", "train"), ("val", "dev"), ("test", "test")):
+        path = f"trees/{file}.txt"
+        splits[name] = trees(fetch.verified("sst")[f"{file}.txt"].decode("utf-8"), f"data/sst/{path}")
+    tokens = [word for found in splits.values() for tree in found for word in tree["words"] if word is not None]
+    number = {word: i for i, word in enumerate(dict.fromkeys(tokens))}
+    to_class = np.array([0, 0, 1, 2, 2])
+    arrays = {}
+    for name, found in splits.items():
+        kept = [tree for tree in found if tree["node_labels"][-1] != 2]
+        size = getattr(config, name)
+        if size > len(kept):
+            raise ValueError(f"sst has {len(kept):,} sentences with an opinion in {name}; {name} {size} asks for more.")
+        kept = kept[:size]
+        arrays[f"{name}_first"] = np.cumsum([0, *(len(tree["words"]) for tree in kept)])
+        numbers = [number[word] if word is not None else -1 for tree in kept for word in tree["words"]]
+        arrays[f"{name}_words"] = np.array(numbers, np.int64)
+        for kind in ("left", "right", "node_labels"):
+            arrays[f"{name}_{kind}"] = np.array([value for tree in kept for value in tree[kind]], np.int64)
+        arrays[f"{name}_node_labels"] = to_class[arrays[f"{name}_node_labels"]]
+    draw = np.random.RandomState(config.seed)
+    spelt = [plain(word) for word in number]
+    embedding = vectors(config.vectors, spelt, lambda n: draw.normal(-0.05, 0.05, (n, DIMENSIONS)))
+    return arrays | {"embedding": embedding, "classes": np.array(["negative", "neutral", "positive"])}
+
+
+DATASETS = {"20_newsgroups": newsgroups, "sst": sst}
+
+
+def prepare(config: Data) -> dict[str, np.ndarray]:
+    """The arrays of a text study's prepared.npz; masked (m,), the classes that are never predicted, if there are."""
+    if config.vectors not in VECTORS:
+        raise ValueError(f"'vectors' must be one of {', '.join(VECTORS)}, got {config.vectors!r}.")
+    return DATASETS[config.dataset](config) | ({"masked": np.array(config.masked)} if config.masked else {})
