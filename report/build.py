@@ -99,9 +99,9 @@ def reliability(study: str) -> str:
     losses, seeds = runs.losses_and_seeds(study)
     lines = ["loss,bins,t,bin,n,confidence,correct"]
     for loss in losses:
-        logits, labels = runs.logits(study, loss, seeds[0])["test"]
+        logits, *labels = runs.logits(study, loss, seeds[0])["test"]
         for tenths in TENTHS:
-            confidence, correct = metrics.confidence_correct(logits * (10 / tenths), labels)
+            confidence, correct = metrics.confidence_correct(logits * (10 / tenths), *labels)
             for bins in BINS:
                 sums = metrics.bin_sums(confidence, correct, metrics.equal_width_edges(bins))
                 for b, (n, c, right) in enumerate(zip(*sums, strict=True)):

@@ -107,3 +107,12 @@ def test_measure_gives_every_metric_under_every_scaling():
     assert value["test", "nll", "confidence"] == pytest.approx(3 / 4, abs=1e-6)
     assert value["val", "nll", "ece"] == pytest.approx(0, abs=1e-6)
     assert value["val", "none", "nll"] == metrics.nll(*QUARTER)
+
+
+def test_temperature_by_ece_of_masked_classes_is_the_first_minimum_of_the_grid():
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(700, 4)) * 3
+    labels = rng.integers(0, 3, 700)
+    scores = [metrics.ece(logits / t, labels, (3,)) for t in np.arange(1, 101) / 10]
+    assert calibrate.temperature_by_ece(logits, labels, (3,)) == pytest.approx((1 + np.argmin(scores)) / 10)
+    assert calibrate.temperature_by_ece(logits, labels, (3,)) != calibrate.temperature_by_ece(logits, labels)

@@ -155,7 +155,7 @@ def test_miscalibration_by_hand():
 
 
 def test_ece_by_number_of_bins(sharp):
-    found = evidence.by_bins(*sharp, [1, 15])
+    found = evidence.by_bins(*sharp, numbers=[1, 15])
     confidence, correct = metrics.confidence_correct(*sharp)
     assert found["equal width"][0] == pytest.approx(abs(confidence.mean() - correct.mean()))
     assert found["equal width"][1] == metrics.ece(*sharp) and found["equal mass"][1] == metrics.adaptive_ece(*sharp)

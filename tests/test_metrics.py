@@ -163,3 +163,23 @@ def test_summary_repeats_the_metrics(random):
 def test_bad_input_is_named(logits, labels, words):
     with pytest.raises(ValueError, match=words):
         metrics.ece(logits, labels)
+
+
+def test_a_masked_class_is_never_predicted_and_keeps_its_share():
+    """Three classes, the middle one masked: (0.2, 0.7, 0.1) is a prediction of class 0 with confidence 0.2."""
+    z, y = np.log([[0.2, 0.7, 0.1], [0.3, 0.1, 0.6]]), np.array([0, 0])
+    confidence, correct = metrics.confidence_correct(z, y, (1,))
+    assert confidence == pytest.approx([0.2, 0.6]) and correct.tolist() == [True, False]
+    assert metrics.error(z, y, (1,)) == 0.5 and metrics.error(z, y) == 1
+    assert metrics.ece(z, y, (1,)) == pytest.approx((0.8 + 0.6) / 2)
+    assert metrics.mce(z, y, (1,)) == pytest.approx(0.8)
+    for plain in (metrics.nll, metrics.brier, metrics.classwise_ece):  # which ask for no prediction
+        assert plain(z, y, (1,)) == plain(z, y)
+    found, summary = metrics.calibration_errors(z, y, (1,)), metrics.summary(z, y, (1,))
+    assert found["ece"] == metrics.ece(z, y, (1,)) == summary["ece"] and summary["confidence"] == pytest.approx(0.4)
+    sure = np.array([[0.0, 500.0, -1.0]])  # far beyond what exp can hold
+    assert metrics.confidence_correct(sure, [0], (1,))[0] == pytest.approx(0, abs=1e-30)
+    assert np.isfinite(list(metrics.calibration_errors(sure, np.array([0]), (1,)).values())).all()
+    for masked in ((1, 2), (3,), (-1,)):
+        with pytest.raises(ValueError, match="masked must leave 2 of the 3 classes or more"):
+            metrics.error(z, y, masked)

@@ -62,7 +62,11 @@ def test_settings_are_those_of_the_engine_and_can_be_replaced(write):
         ("studies.tiny.training.augment", "yes please", "augment: input should be a valid boolean, got 'yes please'"),
         ("studies.tiny.training.milestones", [2, 5], r"training.milestones must be epochs from 1 to 3, got \[2, 5\]"),
         ("studies.tiny.training.milestones", ["two"], "milestones: input should be a valid integer, got 'two'"),
-        ("shared.losses.focal1.reduction", "total", "losses.focal1.reduction: input should be 'sum', 'mean' or 'per_document', got"),
+        (
+            "shared.losses.focal1.reduction",
+            "total",
+            "losses.focal1.reduction: input should be 'sum', 'mean' or 'per_document', got",
+        ),
         ("studies.tiny.exceptions.focal1", {"clip": 0}, "tiny.exceptions.focal1.clip must be finite and above 0"),
         (
             "studies.tiny.training",

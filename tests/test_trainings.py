@@ -59,7 +59,7 @@ def test_trainings_leave_runs_that_are_read_back(prepared, capsys):
 
     (run,) = complete("focal1")
     assert paths.read_npz(paths.run("tiny", "focal1", 0) / "logits.npz")["epoch"] == 3
-    for split, (logits, labels) in runs.logits("tiny", "focal1", 0).items():
+    for split, (logits, labels, _) in runs.logits("tiny", "focal1", 0).items():
         assert np.array_equal(logits, run.predictions[split][0].astype(np.float64))
         assert np.array_equal(labels, prepared[f"{split}_labels"])
     epochs, norms = runs.gradients("tiny", "focal1", 0)

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from compendium import paths, settings
+from compendium import paths, settings, texts
 from focalcal import calibrate, metrics
 
-RUN_FILES = ("history.csv", "logits.npz", "gradients.npz")  # and shifted.npz, where chapter 9 is wanted
+RUN_FILES = ("history.csv", "logits.npz", "gradients.npz")  # and of images shifted.npz, where chapter 9 is wanted
 TOLERANCE = 1e-4  # by which half-precision logits may change a metric
 MEMBER = re.compile(
     r"[\w.-]+/(runs/\w+/\d+/\w+\.(csv|npz)|(provenance|models)/\w+-\d+\.(json|safetensors)|params\.yaml)"
@@ -36,7 +36,8 @@ def pack(study: str, out: Path | None = None, weights: bool = False, shifted: bo
             loss, seed = run.parent.name, run.name
             beside = [folder / "provenance" / f"{loss}-{seed}.json"]
             beside += [folder / "models" / f"{loss}-{seed}.safetensors"] if weights else []
-            files = (*RUN_FILES, "shifted.npz") if shifted else RUN_FILES
+            images = settings.data(study).dataset not in texts.DATASETS
+            files = (*RUN_FILES, "shifted.npz") if shifted and images else RUN_FILES
             wanted = [*(run / name for name in files), *beside]
             missing = [path.name for path in wanted if not path.is_file()]
             if missing:
@@ -57,11 +58,14 @@ def halve_precision(path: Path) -> bool:
     Compared are all metrics of both splits, as trained and under either temperature. Returns whether it was done.
     """
     file = paths.read_npz(path)
-    splits = {split: (file[f"{split}_logits"], file[f"{split}_labels"]) for split in ("val", "test")}
-    splits = {split: metrics.check(*pair) for split, pair in splits.items()}
-    half = {s: ((z - z.max(axis=1, keepdims=True)).astype(np.float16), labels) for s, (z, labels) in splits.items()}
+    splits, masked = {}, tuple(file["masked"].tolist()) if "masked" in file else ()
+    for split in ("val", "test"):
+        splits[split] = *metrics.check(file[f"{split}_logits"], file[f"{split}_labels"]), masked
+    half = {s: ((z - z.max(axis=1, keepdims=True)).astype(np.float16), *rest) for s, (z, *rest) in splits.items()}
     chosen = calibrate.temperatures(*splits["val"])
-    before, after = (calibrate.measure({s: metrics.check(*p) for s, p in d.items()}, chosen) for d in (splits, half))
+    before, after = (
+        calibrate.measure({s: (*metrics.check(*p[:2]), masked) for s, p in d.items()}, chosen) for d in (splits, half)
+    )
     if max(abs(a["value"] - b["value"]) for a, b in zip(before, after, strict=True)) > TOLERANCE:
         return False
     paths.write_npz(path, **file | {f"{split}_logits": pair[0] for split, pair in half.items()})

@@ -69,12 +69,13 @@ def curves(history: pd.DataFrame, column: str) -> pd.DataFrame:
     return history.pivot_table(column, "epoch", "loss", sort=False)
 
 
-def logits(study: str, loss: str, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Checked (logits, labels) of the val and test split: shapes (N, K) and (N,), as metrics.check gives them."""
+def logits(study: str, loss: str, seed: int) -> dict[str, tuple]:
+    """Checked (logits, labels, masked) of the val and test split, as every metric takes them; see focalcal.metrics."""
     path = paths.run(study, loss, seed) / "logits.npz"
     file = paths.read_npz(path)
     try:
-        return {split: check(file[f"{split}_logits"], file[f"{split}_labels"]) for split in SPLITS}
+        masked = tuple(file["masked"].tolist()) if "masked" in file else ()
+        return {split: (*check(file[f"{split}_logits"], file[f"{split}_labels"]), masked) for split in SPLITS}
     except (KeyError, ValueError) as problem:
         raise ValueError(f"{path}: {problem}") from problem
 

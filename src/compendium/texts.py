@@ -15,7 +15,6 @@ import numpy as np
 from compendium import fetch, paths
 from compendium.settings import Data
 
-DOCUMENTS = 19_997  # of the original collection, which the papers use; "bydate" has 18,846
 LENGTH = 1000  # last tokens of a document that count
 VOCABULARY = 20_000  # word numbers below it are kept
 SEPARATORS = str.maketrans(dict.fromkeys('!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~\t\n', " "))  # those of Keras; no apostrophe
@@ -26,14 +25,14 @@ DIMENSIONS = 100
 
 
 def newsgroup_files() -> list[Path]:
-    """The documents in data/20_newsgroups: groups in the order of their names, numbers in that of their digits."""
-    folder = paths.root() / "data" / "20_newsgroups"
+    """The documents in data/20newsgroups: groups in the order of their names, numbers in that of their digits."""
+    folder = paths.root() / "data" / "20newsgroups"
     groups = sorted(path for path in folder.glob("*") if path.is_dir())
     files = [file for group in groups for file in sorted(group.iterdir(), key=lambda f: f.name) if file.name.isdigit()]
-    if len(files) != DOCUMENTS or len(groups) != 20:
+    if len(files) != fetch.DOCUMENTS or len(groups) != 20:
         raise FileNotFoundError(
-            f"{folder} holds {len(files)} documents in {len(groups)} groups instead of {DOCUMENTS:,} in 20; "
-            "`python -m compendium data 20_newsgroups` fetches them."
+            f"{folder} holds {len(files)} documents in {len(groups)} groups instead of {fetch.DOCUMENTS:,} in 20; "
+            "`python -m compendium data 20newsgroups` fetches them."
         )
     return files
 
@@ -99,7 +98,7 @@ def newsgroups(config: Data) -> dict[str, np.ndarray]:
     """
     files = newsgroup_files()
     raw = [file.read_bytes() for file in files]
-    digests = np.fromfile(Path(__file__).with_name("20_newsgroups.crc32"), "<u4")
+    digests = np.fromfile(Path(__file__).with_name("20newsgroups.crc32"), "<u4")
     different = sum(zlib.crc32(content) != digest for content, digest in zip(raw, digests, strict=True))
     print(f"{different} of {len(files):,} documents differ from the copy that the published runs were trained on.")
     texts = [re.sub("\r\n?", "\n", content.decode("latin-1")) for content in raw]
@@ -110,7 +109,7 @@ def newsgroups(config: Data) -> dict[str, np.ndarray]:
     np.random.RandomState(config.seed).shuffle(order)  # the generator of the published code
     sizes = {"train": config.train, "val": config.val, "test": config.test}
     if sum(sizes.values()) > len(files):
-        raise ValueError(f"20_newsgroups has {len(files):,} documents; train, val and test ask for more.")
+        raise ValueError(f"20newsgroups has {len(files):,} documents; train, val and test ask for more.")
     ends = {"test": len(files), "val": len(files) - config.test, "train": len(files) - config.test - config.val}
     arrays = {}
     for name, size in sizes.items():
@@ -194,7 +193,7 @@ def sst(config: Data) -> dict[str, np.ndarray]:
     return arrays | {"embedding": embedding, "classes": np.array(["negative", "neutral", "positive"])}
 
 
-DATASETS = {"20_newsgroups": newsgroups, "sst": sst}
+DATASETS = {"20newsgroups": newsgroups, "sst": sst}
 
 
 def prepare(config: Data) -> dict[str, np.ndarray]:

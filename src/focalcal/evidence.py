@@ -24,7 +24,7 @@ def resamples(samples: int, count: int = RESAMPLES, seed: int = 0) -> np.ndarray
     return np.asfortranarray(counts, dtype=np.float32)
 
 
-def resampled_metrics(logits, labels, counts: np.ndarray, names=tuple(metrics.METRICS)) -> dict[str, np.ndarray]:
+def resampled_metrics(logits, labels, counts, names=tuple(metrics.METRICS), masked=()) -> dict[str, np.ndarray]:
     """The named metrics of metrics.METRICS on every resample: name -> (len(counts),).
 
     As there, but for rounding; bins of equal mass are cut anew in every resample, at whole samples.
@@ -33,7 +33,7 @@ def resampled_metrics(logits, labels, counts: np.ndarray, names=tuple(metrics.ME
     n, bins, samples = len(labels), metrics.BINS, np.arange(len(labels))
     log_probs = metrics.log_softmax(logits)
     probs = np.exp(log_probs)
-    confidence, correct = metrics.confidence_correct(logits, labels)
+    confidence, correct = metrics.confidence_correct(logits, labels, masked)
     brier = (probs**2).sum(axis=1) - 2 * probs[samples, labels] + 1
     means = counts @ np.stack([~correct, -log_probs[samples, labels], brier], axis=1).astype(np.float32) / n
     found = {"error": means[:, 0], "nll": means[:, 1], "brier": means[:, 2]}
@@ -130,13 +130,13 @@ def best_and_tied(values: dict, draws: dict) -> tuple[str, list[str]]:
     return best, [name for name in values if {best, name} in undecided]
 
 
-def debiased_error(logits, labels, bins: int = metrics.BINS) -> float:
+def debiased_error(logits, labels, masked=(), bins: int = metrics.BINS) -> float:
     """Root-mean-square top-label calibration error, its sampling bias subtracted (Kumar et al. 2019, sec. 5).
 
     In bins of equal mass, sum_b n_b / N [(mean confidence - accuracy)^2 - accuracy (1 - accuracy) / (n_b - 1)]; the
     root of it, or 0 where it is negative: calibrated as far as this sample can tell.
     """
-    confidence, correct = metrics.confidence_correct(logits, labels)
+    confidence, correct = metrics.confidence_correct(logits, labels, masked)
     edges = metrics.equal_mass_edges(confidence, bins)
     count, confident, right = metrics.bin_sums(confidence, correct, edges)
     filled = count > 1
@@ -145,13 +145,13 @@ def debiased_error(logits, labels, bins: int = metrics.BINS) -> float:
     return float(np.sqrt(max(0.0, (count * squared).sum() / count.sum())))
 
 
-def smooth_ece(logits, labels) -> float:
+def smooth_ece(logits, labels, masked=()) -> float:
     """Smooth ECE of the top label (Blasiok and Nakkiran 2024, definition 3): no bins.
 
     The residual (correct - confidence), smoothed over confidence by a Gaussian that is reflected at 0 and 1, and the
     absolute value of that averaged; at the kernel's width s at which the result is s itself.
     """
-    confidence, correct = metrics.confidence_correct(logits, labels)
+    confidence, correct = metrics.confidence_correct(logits, labels, masked)
     cells = 2000
     at = (confidence.astype(np.float64) * cells).round().astype(int)
     residual = np.bincount(at, correct - confidence.astype(np.float64), cells + 1) / len(confidence)
@@ -173,14 +173,14 @@ def smooth_ece(logits, labels) -> float:
     return float(smoothed(high))
 
 
-def brier_split(logits, labels) -> dict[str, float]:
+def brier_split(logits, labels, masked=()) -> dict[str, float]:
     """The top label's Brier score as miscalibration - discrimination + uncertainty (Dimitriadis et al. 2021).
 
     Of (confidence - correct)^2; miscalibration is what an isotonic map fitted on these very samples would take away,
     discrimination what its output is better by than always saying the accuracy, uncertainty accuracy (1 - accuracy).
     All three are 0 or more and the score is exactly their sum with these signs.
     """
-    confidence, correct = metrics.confidence_correct(logits, labels)
+    confidence, correct = metrics.confidence_correct(logits, labels, masked)
     confidence, correct = confidence.astype(np.float64), correct.astype(np.float64)
     score, uncertainty = ((confidence - correct) ** 2).mean(), correct.mean() * (1 - correct.mean())
     refined = ((IsotonicRegression().fit_transform(confidence, correct) - correct) ** 2).mean()
@@ -188,16 +188,16 @@ def brier_split(logits, labels) -> dict[str, float]:
     return {name: float(value) for name, value in ({"brier_top": score} | parts).items()}
 
 
-def nll_split(logits, labels) -> dict[str, float]:
+def nll_split(logits, labels, masked=()) -> dict[str, float]:
     """NLL as refinement, what is left at the temperature that is best for these very samples, and calibration."""
     logits, labels = metrics.check(logits, labels)
     whole, refinement = metrics.nll(logits, labels), calibrate.refinement(logits, labels)
     return {"nll": whole, "calibration": whole - refinement, "refinement": refinement}
 
 
-def by_bins(logits, labels, numbers) -> dict[str, np.ndarray]:
+def by_bins(logits, labels, masked=(), numbers=(metrics.BINS,)) -> dict[str, np.ndarray]:
     """ECE for several numbers of bins, of equal width and of equal mass."""
-    confidence, correct = metrics.confidence_correct(logits, labels)
+    confidence, correct = metrics.confidence_correct(logits, labels, masked)
     cuts = {"equal width": metrics.equal_width_edges, "equal mass": lambda b: metrics.equal_mass_edges(confidence, b)}
     return {
         name: np.array([metrics.calibration_error(confidence, correct, edges(b)) for b in numbers])

@@ -32,9 +32,9 @@ def temperature_nll(logits, labels):
     return lambda z: metrics.log_softmax(z / temperature)
 
 
-def temperature_ece(logits, labels):
+def temperature_ece(logits, labels, masked=()):
     """One temperature of the grid 0.1 ... 10.0, lowest ECE [M, sec. 5]."""
-    temperature = calibrate.temperature_by_ece(logits, labels)
+    temperature = calibrate.temperature_by_ece(logits, labels, masked)
     return lambda z: metrics.log_softmax(z / temperature)
 
 
@@ -133,10 +133,10 @@ METHODS = {  # the order of tables
 }
 
 
-def fit(method: str, logits, labels):
-    """The map called ``method``, fitted on validation logits (N, K) and labels (N,)."""
+def fit(method: str, logits, labels, masked=()):
+    """The map called ``method``, fitted on validation logits (N, K) and labels (N,); masked: see metrics."""
     if method not in METHODS:
         raise ValueError(f"Unknown method '{method}'; choose one of: {', '.join(METHODS)}.")
     logits, labels = metrics.check(logits, labels)
-    apply = METHODS[method](logits, labels)
+    apply = METHODS[method](logits, labels, *([masked] if method == "temperature_ece" else []))
     return lambda z: apply(np.asarray(z, np.float64))

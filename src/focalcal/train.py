@@ -50,12 +50,10 @@ class Training:
         for name in ("epochs", "batch_size", "evaluate_train_every", "threads"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value!r}.")
-        for name in ("learning_rate", "clip", "embedding_learning_rate"):
-            if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be finite and above 0, got {value!r}.")
-        for name in ("momentum", "weight_decay"):
-            if not 0 <= (value := getattr(self, name)) < float("inf"):
-                raise ValueError(f"{name} must be finite and 0 or more, got {value!r}.")
+        for name in ("learning_rate", "clip", "embedding_learning_rate", "momentum", "weight_decay"):
+            value, zero = getattr(self, name), name in ("momentum", "weight_decay")
+            if value is not None and (not 0 <= value < float("inf") or not (value or zero)):
+                raise ValueError(f"{name} must be finite and {'0 or more' if zero else 'above 0'}, got {value!r}.")
         if any(not 1 <= milestone <= self.epochs for milestone in self.milestones):
             raise ValueError(f"milestones must be epochs from 1 to {self.epochs}, got {self.milestones!r}.")
         for name, kind in get_type_hints(type(self)).items():
