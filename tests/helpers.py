@@ -8,7 +8,12 @@ import yaml
 from focalcal import losses, networks, train
 from focalcal.train import Training
 
-GAMMAS = {"focal": 3.0, "dual_focal": 5.0, "inverse_focal": 2.0}  # of the losses that have none of their own
+GAMMAS = {
+    "focal": 3.0,
+    "dual_focal": 5.0,
+    "inverse_focal": 2.0,
+    "detached_focal": 3.0,
+}  # of the losses that have none of their own
 
 
 def protocol(**changes) -> Training:

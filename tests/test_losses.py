@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_loss
+from sklearn.isotonic import isotonic_regression
 from torch.nn import functional as F
 
 from focalcal import losses
@@ -25,6 +26,14 @@ def test_values_by_hand():
         lambda z, y: losses.dual_focal(z, y, 2): -((1 - 0.3 + 0.2) ** 2) * log_p,
         lambda z, y: losses.flsd(z, y): -(0.7**3) * log_p,
         lambda z, y: losses.flsd(z, y, threshold=0.31): -(0.7**5) * log_p,
+        lambda z, y: losses.detached_focal(z, y, 2): -(0.7**2) * log_p,
+        lambda z, y: losses.bsce_gra(z, y, 4, 2): -((0.5**2 + 0.7**2 + 0.2**2) ** 2) * log_p,
+        lambda z, y: losses.focal_brier(z, y, 2, 0.5): -(0.7**2) * log_p + 0.5 * (0.25 + 0.49 + 0.04),
+        lambda z, y: losses.focal_mdca(z, y, 1, 2.0): -0.7 * log_p + 2 * (0.5 + 0.7 + 0.2) / 3,
+        # log 0.5 - log 0.3 = 0.511 and log 0.5 - log 0.2 = 0.916 are the margins of the two smaller logits
+        lambda z, y: losses.margin_label_smoothing(z, y, 0.6, 0.3): -log_p + 0.3 * (math.log(0.5 / 0.2) - 0.6) / 3,
+        lambda z, y: losses.aurc(z, y): math.log(2) * -log_p,  # alone in its batch: rank 1 of 1
+        losses.aurc_hard: -log_p,
     }
     for loss, value in expected.items():
         assert loss(z, y).item() == pytest.approx(value, rel=1e-9)
@@ -43,7 +52,10 @@ def test_focal_at_gamma_zero_is_cross_entropy_and_brier_ends_at_two():
     assert losses.brier(torch.tensor([[40.0, -40.0]]), torch.tensor([1])).item() == pytest.approx(2)
 
 
-@pytest.mark.parametrize("name", losses.LOSSES)
+DETACHED = ("detached_focal", "bsce_gra", "aurc_hard")  # whose weight is not differentiated
+
+
+@pytest.mark.parametrize("name", [name for name in losses.LOSSES if name not in DETACHED])
 def test_gradients_against_finite_differences(name):
     torch.manual_seed(3)
     z, y = torch.randn(6, 4, dtype=torch.float64, requires_grad=True), torch.randint(0, 4, (6,))
@@ -217,3 +229,84 @@ def test_one_function_under_several_names():
     for gamma in (3.0, 7.0):
         loss = losses.make(f"focal{gamma:.0f}", function="focal", gamma=gamma)
         assert torch.equal(loss(logits, labels), losses.focal(logits, labels, gamma))
+
+
+def test_weights_that_are_not_differentiated_only_weigh():
+    torch.manual_seed(0)
+    z, y = torch.randn(40, 5, dtype=torch.float64, requires_grad=True), torch.randint(0, 5, (40,))
+    (slope,) = torch.autograd.grad(losses.cross_entropy(z, y).sum(), z)
+    for name in DETACHED:
+        values = make_loss(name)(z, y)
+        weight = (values / losses.cross_entropy(z, y)).detach()
+        (found,) = torch.autograd.grad(values.sum(), z)
+        torch.testing.assert_close(found, weight[:, None] * slope)
+    torch.testing.assert_close(losses.bsce_gra(z, y, 3.0, 1.0), 2**3 * losses.detached_focal(z, y, 3.0))
+    torch.testing.assert_close(losses.detached_focal(z, y, 3.0), losses.focal(z, y, 3.0))
+
+
+def test_mdca_by_hand():
+    z = logits_of([0.5, 0.3, 0.2], [0.1, 0.1, 0.8])
+    assert losses.mdca(z, torch.tensor([1, 1])).item() == pytest.approx((0.3 + (1 - 0.2) + 0.5) / 3)
+    assert losses.mdca(z, torch.tensor([0, 2])).item() == pytest.approx((0.2 + 0.2 + 0.0) / 3)
+
+
+def test_soft_ranks():
+    """Blondel et al. 2020: the projection of s onto the permutahedron, here by scikit-learn's isotonic regression."""
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 7, 60):
+        for strength in (1e-6, 0.05, 0.3, 100.0):
+            values = rng.normal(size=n)
+            ranks = losses.soft_rank(torch.tensor(values), strength).numpy()
+            order = np.argsort(-values)
+            y = values[order] / strength - np.arange(n, 0, -1)
+            expected = np.empty(n)
+            expected[order] = values[order] / strength - isotonic_regression(y, increasing=False)
+            assert ranks == pytest.approx(expected, abs=1e-6)
+            assert ranks.sum() == pytest.approx(n * (n + 1) / 2) and 1 - 1e-6 <= ranks.min() <= ranks.max() <= n + 1e-6
+    assert losses.soft_rank(torch.tensor([0.3, -2.0, 5.0]).double(), 1e-6).tolist() == pytest.approx(
+        [2, 1, 3], abs=1e-4
+    )
+    close = torch.rand(128, dtype=torch.float64) * 2.3  # negative entropies of ten classes differ by log 10 at most
+    affine = 129 / 2 + (close - close.mean()) / 0.05
+    torch.testing.assert_close(losses.soft_rank(close, 0.05), affine)
+
+
+def test_aurc_weighs_by_certainty():
+    z, y = logits_of([0.5, 0.3, 0.2], [0.9, 0.05, 0.05], [0.4, 0.3, 0.3]), torch.tensor([0, 0, 0])
+    certainty = [sum(p * math.log(p) for p in row) for row in ([0.5, 0.3, 0.2], [0.9, 0.05, 0.05], [0.4, 0.3, 0.3])]
+    mean = sum(certainty) / 3
+    for strength in (1.0, 5.0):  # all within 1.5 strengths: the affine form
+        weights = [-math.log(1 - (2 + (c - mean) / strength) / 4) for c in certainty]
+        expected = [-w * math.log(p) for w, p in zip(weights, (0.5, 0.9, 0.4), strict=True)]
+        assert losses.aurc(z, y, strength).tolist() == pytest.approx(expected)
+    # ranks 2, 3, 1 of 3: weights 1/3 + 1/2, 1/3 + 1/2 + 1, 1/3
+    weights = (1 / 3 + 1 / 2, 1 / 3 + 1 / 2 + 1, 1 / 3)
+    expected = [-w * math.log(p) for w, p in zip(weights, (0.5, 0.9, 0.4), strict=True)]
+    assert losses.aurc_hard(z, y).tolist() == pytest.approx(expected, rel=1e-6)
+    assert sum(weights) / 3 == pytest.approx(1)
+
+
+def test_generalized_focal_losses_have_their_minimum_at_the_target():
+    q = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    z = torch.log(q / (1 - q))
+    for target in (0.0, 0.2, 0.5, 0.83, 1.0):
+        values = losses.quality_focal(z, torch.full_like(z, target))
+        assert values.argmin().item() == min(max(round(100 * target) - 1, 0), 98) and values.min() < 1e-3
+    # the focal loss of a soft target is the mean of its two ends, and its minimum is elsewhere
+    plain = 0.83 * -((1 - q) ** 2) * torch.log(q) + 0.17 * -(q**2) * torch.log(1 - q)
+    assert abs(q[plain.argmin()].item() - 0.83) > 0.1
+    both = torch.stack([-z / 2, z / 2], dim=1)  # two classes, the second with probability q
+    torch.testing.assert_close(
+        losses.quality_focal(z, torch.ones_like(z), 3.0), losses.focal(both, torch.ones(99).long(), 3.0)
+    )
+    half = torch.tensor(0.5, dtype=torch.float64)
+    assert losses.quality_focal(torch.zeros(()).double(), half * 1.6).item() == pytest.approx(0.3**2 * math.log(2))
+
+    spread = logits_of([0.1, 0.2, 0.3, 0.4])
+    value = losses.distribution_focal(spread, torch.tensor([1.25], dtype=torch.float64)).item()
+    assert value == pytest.approx(-0.75 * math.log(0.2) - 0.25 * math.log(0.3))
+    z = torch.zeros(1, 5, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(losses.distribution_focal(z, torch.tensor([3.5])).sum(), z)
+    assert slope[0].tolist() == pytest.approx([0.2, 0.2, 0.2, -0.3, -0.3])  # towards a half and a half
+    at_a_number = losses.distribution_focal(spread, torch.tensor([2.0], dtype=torch.float64))
+    assert at_a_number.item() == pytest.approx(-math.log(0.3))

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from compendium import paths, settings
+from compendium import paths, settings, texts
 from focalcal.metrics import check
 
 SPLITS = ("val", "test")
@@ -111,7 +111,9 @@ def gradients(study: str, loss: str, seed: int) -> tuple[list[int], np.ndarray]:
 
 
 def shifted(study: str, loss: str, seed: int) -> dict[str, np.ndarray]:
-    """Logits (N, K) of images the network was not trained on, by name, see trainings.predict_shifted."""
+    """Logits (N, K) of images from elsewhere, by name, see trainings.predict_shifted; of a study of texts, none."""
+    if settings.data(study).dataset in texts.DATASETS:
+        return {}
     file = paths.read_npz(paths.run(study, loss, seed) / "shifted.npz")
     return {name: logits.astype(np.float64) for name, logits in file.items()}
 
@@ -141,10 +143,10 @@ def published(dataset: str, network: str) -> pd.DataFrame:
 
 def repeats_papers(study: str) -> bool:
     """Whether a study has a data set and network of which the papers' numbers are known."""
-    return study in settings.params()["studies"] and not published(*_data_and_network(study)).empty
+    return study in settings.params()["studies"] and not published(*data_and_network(study)).empty
 
 
-def _data_and_network(study: str) -> tuple[str, str]:
+def data_and_network(study: str) -> tuple[str, str]:
     """As published.csv names them."""
     return settings.data(study).dataset, settings.study(study).training["network"].removesuffix("_tiny_imagenet")
 
@@ -155,7 +157,7 @@ def papers(study: str) -> pd.DataFrame:
     Of its own data set and network, if they have been published, else of CIFAR-10 and ResNet-50; empty for models from
     elsewhere. The first source in papers/published.csv that copies the authors' own number is taken.
     """
-    own = _data_and_network(study) if repeats_papers(study) else ("cifar10", "resnet50")
+    own = data_and_network(study) if repeats_papers(study) else ("cifar10", "resnet50")
     table = published(*own).query("metric == 'ece_percent' and quality == 'copied'")
     table = table.drop_duplicates("loss").set_index("loss")[["before_scaling", "after_scaling", "temperature"]]
     return table if study in settings.params()["studies"] else table.head(0)

@@ -3,8 +3,10 @@
 Every loss maps ``logits`` (N, K) and integer ``labels`` (N,) to a per-sample loss (N,), unreduced and
 differentiable; the training loop decides between sum and mean, because that choice moves calibration.
 Sources: [M] Mukhoti et al., NeurIPS 2020; [G] Ghosh et al. (AdaFocal), NeurIPS 2022; [T] Tao et al. (dual
-focal), ICML 2023; [W] Wang et al. (inverse focal), NeurIPS 2021; [K] Kumar et al. (MMCE), ICML 2018.
-p is the predicted probability of the true class throughout.
+focal), ICML 2023; [W] Wang et al. (inverse focal), NeurIPS 2021; [K] Kumar et al. (MMCE), ICML 2018; [Z] Zhou et al.
+(AURC), arXiv 2505.23463; [H] Hebbalaguppe et al. (MDCA), CVPR 2022; [L] Liu et al. (margin-based label smoothing), CVPR
+2022; [B] Lin et al. (BSCE-GRA), CVPR 2025; [F] Liang et al. (focal calibration loss), arXiv 2410.18321; [Q] Li et al.
+(generalized focal loss), NeurIPS 2020. p is the predicted probability of the true class throughout.
 
 A new loss is one function here and one line in ``LOSSES``; params.yaml then names it.
 """
@@ -130,6 +132,123 @@ def mmce(logits: Tensor, labels: Tensor, weight: float = 2.0) -> Tensor:
     return cross_entropy(logits, labels) + weight * mmce_weighted(logits, labels)
 
 
+def detached_focal(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
+    """The focal loss with a weight that is not differentiated, as [W] train the inverse one."""
+    _not_negative("detached_focal: gamma", gamma)
+    log_p = _log_p(logits, labels)
+    return -_power(-torch.expm1(log_p.detach()), gamma) * log_p
+
+
+def mdca(logits: Tensor, labels: Tensor) -> Tensor:
+    """MDCA of one batch, a scalar in [0, 2 / K]: mean over classes of |mean probability - share of labels| [H]."""
+    gap = F.softmax(logits, dim=1).mean(dim=0) - F.one_hot(labels, logits.shape[1]).to(logits.dtype).mean(dim=0)
+    return gap.abs().mean()
+
+
+def focal_mdca(logits: Tensor, labels: Tensor, gamma: float = 1.0, weight: float = 1.0) -> Tensor:
+    """Focal loss plus weight x MDCA of the batch, added to every sample [H]."""
+    _not_negative("focal_mdca: weight", weight)
+    return focal(logits, labels, gamma) + weight * mdca(logits, labels)
+
+
+def margin_label_smoothing(logits: Tensor, labels: Tensor, margin: float = 10.0, alpha: float = 0.1) -> Tensor:
+    """-log p + alpha x mean over classes of how far a logit is more than ``margin`` below the largest one [L]."""
+    _not_negative("margin_label_smoothing: margin", margin)
+    _not_negative("margin_label_smoothing: alpha", alpha)
+    below = logits.amax(dim=1, keepdim=True) - logits
+    return cross_entropy(logits, labels) + alpha * F.relu(below - margin).mean(dim=1)
+
+
+def bsce_gra(logits: Tensor, labels: Tensor, gamma: float = 4.0, norm: float = 2.0) -> Tensor:
+    """-log p x ||one-hot - probabilities||^gamma, the weight not differentiated [B].
+
+    norm: of the difference, 1 or larger. With norm 1 this is 2^gamma times ``detached_focal``.
+    """
+    _not_negative("bsce_gra: gamma", gamma)
+    if not 1 <= norm < float("inf"):
+        raise ValueError(f"bsce_gra: norm must be 1 or larger, got {norm}.")
+    probs = F.softmax(logits.detach(), dim=1)
+    gap = torch.linalg.vector_norm(F.one_hot(labels, logits.shape[1]) - probs, norm, dim=1)
+    return gap**gamma * cross_entropy(logits, labels)
+
+
+def focal_brier(logits: Tensor, labels: Tensor, gamma: float = 3.0, weight: float = 1.0) -> Tensor:
+    """Focal loss plus weight x Brier score [F]; gamma and weight are ours."""
+    _not_negative("focal_brier: weight", weight)
+    return focal(logits, labels, gamma) + weight * brier(logits, labels)
+
+
+def soft_rank(values: Tensor, strength: float) -> Tensor:
+    """Ascending soft ranks (n,) in [1, n] of values (n,), differentiable (Blondel et al. 2020, l2-regularised).
+
+    strength > 0: towards 0 they become the ranks; where the values lie within strength x n / 2 of each other they are
+    (n + 1) / 2 + (value - mean) / strength. The non-increasing fit m_k = min over i <= k of max over j >= k of
+    mean(y_i ... y_j) to y = s - w, s the sorted values and w their ranks, needs no loop.
+    """
+    n = len(values)
+    s, order = (values / strength).sort(descending=True, stable=True)
+    y = s - torch.arange(n, 0, -1, device=values.device)
+    total = F.pad(y.cumsum(0), (1, 0))
+    first, last = torch.arange(n, device=values.device)[:, None], torch.arange(n, device=values.device)
+    mean = (total[1:] - total[:-1, None]) / (last - first + 1).clamp_min(1)
+    mean = mean.masked_fill(last < first, -torch.inf)
+    largest = mean.flip(1).cummax(dim=1).values.flip(1)
+    fit = largest.masked_fill(last < first, torch.inf).amin(dim=0)
+    return (s - fit)[order.argsort()]
+
+
+def _negative_entropy(logits: Tensor) -> Tensor:
+    """Sum over classes of probability x log-probability, (N,): the score of [Z], larger for surer predictions."""
+    log_probs = F.log_softmax(logits, dim=1)
+    return (log_probs.exp() * log_probs).sum(dim=1)
+
+
+def aurc(logits: Tensor, labels: Tensor, strength: float = 0.05) -> Tensor:
+    """-log p x -log(1 - r / (n + 1)), r the soft rank of a sample's certainty among the n of its batch [Z].
+
+    The area under the risk-coverage curve as a training loss, with cross-entropy as the risk: the surer a prediction,
+    the more it weighs, and the gradient flows through the weight. (The released code's default, its gamma = 1.)
+    """
+    if not 0 < strength < float("inf"):
+        raise ValueError(f"aurc: strength must be above 0, got {strength}.")
+    rank = soft_rank(_negative_entropy(logits), strength)
+    return -torch.log1p(-rank / (len(labels) + 1)) * cross_entropy(logits, labels)
+
+
+def aurc_hard(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p x (H_n - H_(n - r)), r the rank of a sample's certainty in its batch, H the harmonic numbers [Z].
+
+    The weight is not differentiated; its mean over a batch is 1.
+    """
+    n = len(labels)
+    rank = _negative_entropy(logits.detach()).argsort(stable=True).argsort() + 1
+    weight = torch.digamma(logits.new_tensor(n + 1)) - torch.digamma((n - rank + 1).to(logits.dtype))
+    return weight * cross_entropy(logits, labels)
+
+
+def quality_focal(logits: Tensor, targets: Tensor, beta: float = 2.0) -> Tensor:
+    """|y - q|^beta x binary cross-entropy of q = sigmoid(logit) to y, elementwise [Q].
+
+    targets: y in [0, 1], of any shape, that of logits and of the result. The weight is differentiated; the minimum is
+    0, at q = y. For y in {0, 1} it is the binary focal loss with gamma = beta.
+    """
+    _not_negative("quality_focal: beta", beta)
+    gap = (targets - logits.sigmoid()).abs()
+    return _power(gap, beta) * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
+def distribution_focal(logits: Tensor, values: Tensor) -> Tensor:
+    """Cross-entropy to a target between two neighbouring whole numbers, (N,) [Q].
+
+    logits: (N, K), of the numbers 0 ... K - 1; values: (N,) in [0, K - 1). With i = floor(value) the target gives i the
+    probability i + 1 - value, and i + 1 the rest.
+    """
+    low = values.floor().long()
+    log_probs, upper = F.log_softmax(logits, dim=1), values - low
+    at_low, at_high = (log_probs.gather(1, i[:, None])[:, 0] for i in (low, low + 1))
+    return -(1 - upper) * at_low - upper * at_high
+
+
 class ScheduledFocal(nn.Module):
     """FLSc-531: focal loss with gamma 5, then 3, then 1 [M, app. on gamma schedules].
 
@@ -228,6 +347,13 @@ LOSSES = {
     "adafocal": AdaFocal,
     "dual_focal": dual_focal,
     "inverse_focal": inverse_focal,
+    "detached_focal": detached_focal,
+    "focal_mdca": focal_mdca,
+    "margin_label_smoothing": margin_label_smoothing,
+    "bsce_gra": bsce_gra,
+    "focal_brier": focal_brier,
+    "aurc": aurc,
+    "aurc_hard": aurc_hard,
 }
 
 

@@ -28,6 +28,13 @@ STYLE = {
     "adafocal": ("AdaFocal", "#D55E00", "-"),
     "dual_focal": ("Dual focal", "#AA4499", "--"),
     "inverse_focal": ("Inverse focal", "#882255", ":"),
+    "detached_focal": ("Focal, γ = 3, detached", "#1A2A77", ":"),
+    "focal_mdca": ("Focal + MDCA", "#66BBEE", "--"),
+    "margin_label_smoothing": ("Margin smoothing", "#777777", ":"),
+    "bsce_gra": ("BSCE-GRA", "#3377BB", "-."),
+    "focal_brier": ("Focal + Brier", "#44AA99", ":"),
+    "aurc": ("AURC", "#CC3311", "-"),
+    "aurc_hard": ("AURC, hard ranks", "#CC3311", "--"),
 }
 SPARE = ("#CC3311", "#0077BB", "#EE3377", "#009988", "#AA7744", "#332288")  # for losses that users add
 
