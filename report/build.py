@@ -17,6 +17,7 @@ from sphinx.cmd.build import main as sphinx
 from sphinx.util.osutil import ensuredir
 
 from compendium import paths, runs, settings
+from compendium.cells import METRICS as METRIC_NAMES
 from focalcal import metrics, plots
 
 HERE = Path(__file__).parent
@@ -63,21 +64,36 @@ def _first(column: pd.Series) -> pd.Series:
     return column.map({name: place for place, name in enumerate(order)}).fillna(9)
 
 
-def table_html(table: pd.DataFrame) -> str:
-    """A sortable table with filters for all columns but numbers, its scripts inlined."""
-    bundle = itables.javascript.generate_init_offline_itables_html(Path(itables.__file__).parent / "html/dt_bundle.js")
+def cells() -> pd.DataFrame:
+    """Every published cell with ours, as chapter 13 left them."""
+    table = pd.read_csv(paths.existing(paths.root() / "figures/published/13_published_cells/cells.csv"))
+    names = table.metric.map({metric: name for metric, (name, _) in METRIC_NAMES.items()})
+    shown = pd.DataFrame({"data set": table.dataset, "network": table.network, "loss": table.loss.map(plots.label)})
+    shown["metric"], shown["scaling"], shown["papers"] = names, table.scaling, table.paper
+    for column in ("ours", "sd"):  # empty where there is none
+        shown[column] = table[column].round(2).astype(object).where(table[column].notna(), "")
+    return shown.assign(verdict=table.verdict.fillna("no verdict"), source=table.quality)
+
+
+def scripts() -> str:
+    """What the tables need, to be inlined once."""
+    return itables.javascript.generate_init_offline_itables_html(Path(itables.__file__).parent / "html/dt_bundle.js")
+
+
+def table_html(table: pd.DataFrame, filtered: list[int]) -> str:
+    """A sortable table, with a filter for each of some columns."""
     filters = {"extend": "dropdown", "icon": "search", "text": "Filter", "content": ["searchList"]}
     shown = itables.to_html_datatable(
         table,
         connected=False,
         text_in_header_can_be_selected=False,  # a click on a heading sorts
-        columnDefs=[{"targets": [0, 1, 2, -1], "columnControl": [filters]}],
+        columnDefs=[{"targets": filtered, "columnControl": [filters]}],
         showIndex=False,
         maxBytes=0,
         lengthMenu=[12, 36, 400],
         pageLength=12,
     )
-    return f'{bundle}<div class="wide">{shown}</div>'
+    return f'<div class="wide">{shown}</div>'
 
 
 def chart_html(name: str, chart: alt.Chart, description: str) -> str:
@@ -224,7 +240,7 @@ def notebooks(source: Path, studies: list[str]) -> list[str]:
         ):
             name = f"{study}-{'02_train' if path.parent.name == '02_train' else path.stem}"
             page = nbformat.read(path, 4)
-            if study != studies[0]:
+            if study != studies[0] and (paths.study(study) / "metrics.csv").is_file():
                 page.cells[0].source = page.cells[0].source.replace("# ", f"# {study}: ", 1)
                 note = f"Tables and figures are of `{study}`; what is written about them is of `{studies[0]}`."
                 page.cells[0].source += f"\n\n{note}" if "Reading, for the study" in str(page) else ""
@@ -276,11 +292,12 @@ def build(out: Path) -> None:
     source.mkdir(parents=True)
     for name in ("conf.py", "report.css"):
         shutil.copy(HERE / name, source)
-    names = notebooks(source, [*studies, *chosen["sweeps"]])
+    names = notebooks(source, [*studies, *chosen["sweeps"], "text", "published"])
     note = "The numbers are those of " + " and ".join(f"`{study}`" for study in studies) + "."
     parts = {
         "answer": answer(studies[0]), "note": note, "study": studies[0], "chapters": "\n".join(names),
-        "table": raw(table_html(numbers(studies))),
+        "table": raw(scripts() + table_html(numbers(studies), [0, 1, 2, -1])),
+        "cells": raw(table_html(cells(), [0, 1, 2, 3, 4, -2, -1])),
         "reliability": raw(libraries() + reliability(studies[0])), "curves": raw(curves(studies[0])),
     }  # fmt: skip
     page = (HERE / "index.md").read_text()

@@ -18,6 +18,10 @@ VERBS = {  # verb -> what it does, an example
         "Pack finished runs into one file, or publish packed ones in this repository.",
         "compendium publish pack cifar10-resnet50",
     ),
+    "verify": (
+        "Train a published run again, and compare every number.",
+        "compendium verify fashion-350 adafocal 0",
+    ),
     "grid": (
         "Run many stages at once: on the cores or GPUs of this machine, or on a Slurm cluster.",
         "compendium grid run --executor slurm",
@@ -58,6 +62,10 @@ def parser() -> argparse.ArgumentParser:
     packing.add_argument("--without-shifted", action="store_true", help="without what only chapter 9 reads; smaller")
     adding = commands.add_parser("add", help="here: into published/STUDY, pinned by published/STUDY.dvc")
     adding.add_argument("file", nargs="+", type=Path)
+
+    made["verify"].add_argument("study")
+    made["verify"].add_argument("loss")
+    made["verify"].add_argument("seed", type=int)
 
     commands = made["grid"].add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run all matching stages that are not up to date")
@@ -109,6 +117,10 @@ def call(given: argparse.Namespace) -> int | None:
             publish.pack(given.study, given.out, given.weights, not given.without_shifted)
         else:
             publish.publish(given.file)
+    elif given.verb == "verify":
+        from compendium import verify
+
+        return verify.verify(given.study, given.loss, given.seed)
     elif given.verb == "grid":
         from compendium import grid
 

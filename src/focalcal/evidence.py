@@ -12,6 +12,7 @@ from sklearn.isotonic import IsotonicRegression
 
 from focalcal import calibrate, metrics
 
+SMALLEST = 1e-3  # p-value that is told from a smaller one
 RESAMPLES, LEVEL = 1000, 0.90  # Mukhoti et al. 2020: 1000 resamples, intervals of 90 %
 LARGEST = {"nll": np.inf, "brier": 2.0}  # a metric's largest value, where it is not 1
 
@@ -89,7 +90,8 @@ def difference(ours: np.ndarray, theirs: np.ndarray, resampled_ours, resampled_t
 
     ours, theirs: a value per seed (S,); resampled_*: (S, resamples), from the same resamples. The standard error joins
     that of the test set (bootstrap of the mean over seeds) and that of the seeds (their differences' standard deviation
-    / sqrt(S)); with one seed the second is unknown and left out. Student's t with Satterthwaite's degrees of freedom.
+    / sqrt(S)); with one seed the second is unknown and left out. Student's t with Satterthwaite's degrees of freedom
+    (``freedom``; infinite with one seed). Far in its tail, below SMALLEST, that is no approximation any more.
     """
     gap, seeds = np.asarray(ours) - np.asarray(theirs), len(ours)
     of_test = (resampled_ours - resampled_theirs).mean(axis=0).var(ddof=1)
@@ -98,7 +100,8 @@ def difference(ours: np.ndarray, theirs: np.ndarray, resampled_ours, resampled_t
     freedom = (seeds - 1) * (of_test + of_seeds) ** 2 / of_seeds**2 if of_seeds > 0 else np.inf
     p = 2 * stats.t.sf(abs(gap.mean()) / error, freedom) if error > 0 else float(gap.mean() == 0)
     half = stats.t.ppf((1 + LEVEL) / 2, freedom) * error
-    return {"difference": gap.mean(), "low": gap.mean() - half, "high": gap.mean() + half, "p": float(p)}
+    ends = {"low": gap.mean() - half, "high": gap.mean() + half}
+    return {"difference": gap.mean()} | ends | {"freedom": float(freedom), "p": float(p)}
 
 
 def holm(p: np.ndarray) -> np.ndarray:

@@ -154,13 +154,16 @@ def paired_bars(ax, names, before, after, colors, ylabel: str) -> None:
 def verdict_map(ax, losses, pairs) -> None:
     """A square of losses: blue where the row's is better than the column's, red where worse, grey undecided.
 
-    pairs: rows with columns one, other and verdict (of one against other).
+    pairs: rows with columns one, other, verdict (of one against other) and fragile (marked with a question mark).
     """
     colors = {"worse": "#CC6677", "not distinguishable": "#DDDDDD", "better": "#4477AA"}
     sign, grid = {"better": 1, "worse": -1}, np.full((len(losses), len(losses)), np.nan)
     for row in pairs.itertuples():
         i, j = losses.index(row.one), losses.index(row.other)
         grid[i, j], grid[j, i] = sign.get(row.verdict, 0), -sign.get(row.verdict, 0)
+        if row.fragile:
+            for x, y in ((j, i), (i, j)):
+                ax.text(x, y, "?", color="white", ha="center", va="center", fontsize=8)
     ax.imshow(grid, cmap=matplotlib.colors.ListedColormap(list(colors.values())), vmin=-1, vmax=1)
     for name, color in reversed(colors.items()):
         ax.plot([], [], "s", color=color, label=f"row {name}")

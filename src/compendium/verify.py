@@ -1,0 +1,94 @@
+"""A published run, trained again and compared."""
+
+import csv
+import json
+import tempfile
+from contextlib import chdir
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from compendium import paths, prepare, publish, runs, settings, trainings
+from focalcal import calibrate, devices, feed, metrics
+from focalcal.train import Training
+
+MACHINE = ("commit", "python", "torch", "numpy", "device", "cpu", "cpu_capability", "threads")
+
+
+def judged(theirs: float, ours: float, sd: float) -> str:
+    """equal, within 2 sd of the seeds, or differs; sd: NaN where there is no second seed."""
+    if theirs == ours:
+        return "equal"
+    return "within 2 sd" if abs(theirs - ours) <= 2 * sd else "differs"
+
+
+def measured(folder: Path) -> dict[str, float]:
+    """Metrics and temperatures of a run, at most to the digits that publishing keeps: test set, before and after."""
+    file = paths.read_npz(folder / "logits.npz")
+    masked = tuple(file["masked"].tolist()) if "masked" in file else ()
+    splits = {s: (*metrics.check(file[f"{s}_logits"], file[f"{s}_labels"]), masked) for s in runs.SPLITS}
+    chosen = calibrate.temperatures(*splits["val"])
+    rows = calibrate.measure({"test": splits["test"]}, chosen)
+    found = {f"{row['metric']}, {row['scaling']}": row["value"] for row in rows if row["metric"] != "confidence"}
+    return found | {f"temperature, {scaling}": t for scaling, t in chosen.items() if scaling != "none"}
+
+
+def deviations(study: str, loss: str) -> pd.Series:
+    """Standard deviation over the published seeds of a loss, for each of ``measured``; NaN with a single seed."""
+    folders = sorted((paths.root() / "published" / study / "runs" / loss).glob("*"))
+    return pd.DataFrame([measured(folder) for folder in folders]).std()
+
+
+def arrays(study: str) -> dict[str, np.ndarray]:
+    """The study's prepared data, made in memory where the file is not there."""
+    path = paths.prepared(study)
+    return paths.read_npz(path) if path.is_file() else prepare.prepare(settings.data(study))
+
+
+def verify(study: str, loss: str, seed: int) -> int:
+    """Train a published run again, with the settings and threads of its provenance; print how it compares.
+
+    Nothing in the project changes. Returns 1 if any number differs by more than two standard deviations of the
+    published seeds, else 0. FileNotFoundError, saying what to fetch, if the run or the study's data are not there.
+    """
+    published = paths.root() / "published" / study
+    record, run = published / "provenance" / f"{loss}-{seed}.json", published / "runs" / loss / str(seed)
+    if not record.is_file() or not run.is_dir():
+        raise FileNotFoundError(f"{run} is not here; `dvc pull published/{study}.dvc` fetches what is published.")
+    said = json.loads(record.read_text())
+    if "settings" not in said:
+        raise ValueError(f"{record} does not say with which settings it was trained, so it cannot be repeated.")
+    config = Training(**said["settings"] | {"threads": said["threads"]})
+    job, on = trainings.Job(study, loss, seed, config, said["loss_settings"]), devices.device()
+    prepared, theirs, sd = arrays(study), measured(run), deviations(study, loss)
+    with tempfile.TemporaryDirectory() as scratch, chdir(scratch):
+        Path("dvc.yaml").touch()  # a compendium of its own, to train in
+        paths.write_npz(paths.prepared(study), **prepared)
+        trainings.complete([job], [trainings.new_run(job, prepared, on)], feed.splits(prepared, on), prepared)
+        folder = paths.run(study, loss, seed)
+        publish.halve_precision(folder / "logits.npz")
+        same = [(folder / name).read_bytes() == (run / name).read_bytes() for name in ("history.csv", "logits.npz")]
+        ours, different = measured(folder), first_difference(folder / "history.csv", run / "history.csv")
+    rows = [[name, theirs[name], ours[name], sd[name], judged(theirs[name], ours[name], sd[name])] for name in theirs]
+    table = pd.DataFrame(rows, columns=["test", "published", "here", "sd of seeds", "verdict"])
+    print(table.to_markdown(index=False, floatfmt=".5f"))
+    print(f"history.csv: {'equal, byte for byte' if same[0] else different}")
+    print(f"logits.npz: {'equal, byte for byte' if same[1] else 'not equal'}")
+    here = trainings.provenance(on)
+    for name in MACHINE:
+        if said.get(name) != here[name]:
+            print(f"{name}: published with {said.get(name)}, here {here[name]}")
+    return int((table.verdict == "differs").any())
+
+
+def first_difference(ours: Path, theirs: Path) -> str:
+    """Where two histories part."""
+    with open(ours, newline="") as a, open(theirs, newline="") as b:
+        for mine, other in zip(csv.DictReader(a), csv.DictReader(b), strict=False):
+            names = [name for name in other if mine.get(name) != other[name]]
+            if names:
+                return (
+                    f"not equal from epoch {other['epoch']} on ({names[0]}: {other[names[0]]}, here {mine[names[0]]})"
+                )
+    return "not equal: other columns or another number of epochs"

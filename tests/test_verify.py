@@ -1,0 +1,88 @@
+"""A published run, trained again."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from helpers import parameters, squares, write_parameters
+
+from compendium import paths, publish, trainings, verify
+from compendium.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A compendium with two seeds of focal1 of the study 'tiny', published."""
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        patched.setenv("FOCALCAL_DEVICE", "cpu")
+        values = parameters()
+        values["studies"]["tiny"]["training"]["threads"] = 1
+        write_parameters(folder, values)
+        paths.write_npz(paths.prepared("tiny"), **squares())
+        for seed in (0, 1):
+            trainings.train_jobs("tiny", ["focal1"], seed)
+            publish.halve_precision(paths.run("tiny", "focal1", seed) / "logits.npz")
+        for name in ("runs", "provenance"):
+            shutil.copytree(paths.study("tiny") / name, folder / "published/tiny" / name)
+    return folder
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(made, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("FOCALCAL_DEVICE", "cpu")
+    return folder
+
+
+def test_the_same_run_again_is_equal_and_leaves_nothing(here, capsys):
+    before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
+    assert main(["verify", "tiny", "focal1", "0"]) == 0
+    printed = capsys.readouterr().out
+    assert "history.csv: equal, byte for byte" in printed and "logits.npz: equal, byte for byte" in printed
+    assert "differs" not in printed and "published with" not in printed
+    assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
+
+
+def test_what_differs_is_named(here, capsys):
+    for seed in ("0", "1"):  # as if other labels had been published
+        path = here / "published/tiny/runs/focal1" / seed / "logits.npz"
+        file = paths.read_npz(path)
+        paths.write_npz(path, **file | {"test_labels": (file["test_labels"] + 1) % 3})
+    history = here / "published/tiny/runs/focal1/0/history.csv"
+    lines = history.read_text().splitlines()
+    history.write_text("\n".join([*lines[:2], lines[2].replace(",", ",9", 1), *lines[3:]]) + "\n")
+    record = here / "published/tiny/provenance/focal1-0.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"cpu": "An older one", "commit": "abc"}))
+    assert main(["verify", "tiny", "focal1", "0"]) == 1
+    printed = capsys.readouterr().out
+    assert "history.csv: not equal from epoch 2 on (learning_rate: 9" in printed and "logits.npz: not equal" in printed
+    row = next(line for line in printed.splitlines() if line.startswith("| error, none"))
+    assert row.split("|")[5].strip() == "differs"
+    assert "cpu: published with An older one, here" in printed and "commit: published with abc" in printed
+
+
+def test_two_standard_deviations():
+    assert [verify.judged(1.0, ours, 0.1) for ours in (1.0, 1.19, 0.81, 1.21)] == [
+        *("equal", "within 2 sd", "within 2 sd", "differs")
+    ]
+    assert verify.judged(1.0, 1.001, np.nan) == "differs"  # with one seed nothing says how much a seed moves
+
+
+def test_what_is_not_there_is_named(here):
+    with pytest.raises(SystemExit, match="runs/focal1/7 is not here; `dvc pull published/tiny.dvc` fetches"):
+        main(["verify", "tiny", "focal1", "7"])
+    shutil.rmtree(here / "artifacts")
+    values = parameters()
+    values["studies"]["tiny"]["data"]["dataset"] = "fashion_mnist"
+    write_parameters(here, values)
+    with pytest.raises(SystemExit, match="train-images-idx3-ubyte.gz is missing; `make data` fetches it"):
+        main(["verify", "tiny", "focal1", "0"])
+    record = here / "published/tiny/provenance/focal1-0.json"
+    record.write_text(json.dumps({"commit": "abc"}))
+    with pytest.raises(SystemExit, match="does not say with which settings it was trained"):
+        main(["verify", "tiny", "focal1", "0"])
