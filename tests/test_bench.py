@@ -14,7 +14,7 @@ from torchvision import transforms
 
 from compendium import bench
 from compendium.__main__ import main
-from focalcal import calibrate, metrics, networks, train
+from focalcal import calibrate, devices, metrics, networks, train
 
 CPU = torch.device("cpu")
 
@@ -104,7 +104,7 @@ def test_the_table_has_a_row_for_each_variant_and_goes_into_figures(two_seconds,
     (tmp_path / "figures").mkdir()
     write_parameters(tmp_path, parameters(["cross_entropy"]))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "device", lambda: CPU)
+    monkeypatch.setattr(devices, "device", lambda: CPU)
     monkeypatch.setattr(bench, "stock_speed", lambda *_: 100.0)
     monkeypatch.setattr(bench, "engine_speed", lambda *_, **__: 250.0)
     main(["bench", "--networks", "small_resnet"])
@@ -135,7 +135,7 @@ def test_on_a_gpu_the_table_has_the_roofline_too(tmp_path, monkeypatch):
 
 
 def test_an_unknown_network_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "device", lambda: CPU)
+    monkeypatch.setattr(devices, "device", lambda: CPU)
     monkeypatch.setattr(bench, "training_rows", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit, match="focalcal: Unknown network 'resnet9000'; choose one of: small_resnet"):
         main(["bench", "--networks", "small_resnet", "resnet9000"])

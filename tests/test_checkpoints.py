@@ -184,4 +184,4 @@ def test_a_full_disk_stops_the_training_and_keeps_the_last_good_checkpoint(image
 def test_a_checkpoint_holds_tensors_and_text_only(images, tmp_path):
     interrupted(images, tmp_path, 2)
     saved = load_file(checkpoints.epochs(tmp_path)[2])
-    assert {"model.0.weight", "momentum.0.weight", "loss.gamma", "loss.samples", "gradients.1"} <= set(saved)
+    assert {"model.0.weight", "momentum_buffer.0.weight", "loss.gamma", "loss.samples", "gradients.1"} <= set(saved)

@@ -15,7 +15,7 @@ from tiny import COMPENDIUM, DEADLINE, REPOSITORY, call, environment, parameters
 
 from compendium import __main__ as command_line
 from compendium import grid, stages, tasks
-from focalcal import train
+from focalcal import devices
 
 LOSSES = ["cross_entropy", "label_smoothing", "focal3"]
 GRID = (*COMPENDIUM, "grid")
@@ -204,7 +204,7 @@ def tasks_seen(tmp_path, monkeypatch):
 def test_each_slot_has_a_gpu_of_its_own(tasks_seen, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(train, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(devices, "device", lambda: torch.device("cuda"))
     grid.run_local(grid.Grid(tmp_path / "scratch/grid/x", "local", "", 1, dict.fromkeys("abcd")), None)
     given = [(stage, variables["CUDA_VISIBLE_DEVICES"]) for stage, variables in tasks_seen]
     assert given == [("a", "4"), ("b", "7"), ("c", "4"), ("d", "7")]
@@ -212,7 +212,7 @@ def test_each_slot_has_a_gpu_of_its_own(tasks_seen, tmp_path, monkeypatch):
 
 def test_each_slot_has_its_share_of_the_threads_however_few_stages_are_left(tasks_seen, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(train, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(devices, "device", lambda: torch.device("cpu"))
     grid.run_local(grid.Grid(tmp_path / "scratch/grid/x", "local", "", 1, dict.fromkeys("ab")), 3)
     assert [(stage, variables["OMP_NUM_THREADS"]) for stage, variables in tasks_seen] == [("a", "2"), ("b", "2")]
     assert not {"CUDA_VISIBLE_DEVICES", "FOCALCAL_DEVICE"} & set(tasks_seen[0][1])

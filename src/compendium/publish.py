@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from compendium import paths, settings, texts
+from compendium import paths, settings
 from focalcal import calibrate, metrics
 
 RUN_FILES = ("history.csv", "logits.npz", "gradients.npz")  # and of images shifted.npz, where chapter 9 is wanted
@@ -36,7 +36,7 @@ def pack(study: str, out: Path | None = None, weights: bool = False, shifted: bo
             loss, seed = run.parent.name, run.name
             beside = [folder / "provenance" / f"{loss}-{seed}.json"]
             beside += [folder / "models" / f"{loss}-{seed}.safetensors"] if weights else []
-            images = settings.data(study).dataset not in texts.DATASETS
+            images = settings.data(study).vectors is None
             files = (*RUN_FILES, "shifted.npz") if shifted and images else RUN_FILES
             wanted = [*(run / name for name in files), *beside]
             missing = [path.name for path in wanted if not path.is_file()]

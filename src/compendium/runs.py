@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from compendium import paths, settings, texts
+from compendium import paths, settings
 from focalcal.metrics import check
 
 SPLITS = ("val", "test")
@@ -112,7 +112,7 @@ def gradients(study: str, loss: str, seed: int) -> tuple[list[int], np.ndarray]:
 
 def shifted(study: str, loss: str, seed: int) -> dict[str, np.ndarray]:
     """Logits (N, K) of images from elsewhere, by name, see trainings.predict_shifted; of a study of texts, none."""
-    if settings.data(study).dataset in texts.DATASETS:
+    if settings.data(study).vectors:
         return {}
     file = paths.read_npz(paths.run(study, loss, seed) / "shifted.npz")
     return {name: logits.astype(np.float64) for name, logits in file.items()}
