@@ -64,9 +64,9 @@ def _first(column: pd.Series) -> pd.Series:
     return column.map({name: place for place, name in enumerate(order)}).fillna(9)
 
 
-def cells() -> pd.DataFrame:
+def cells(group: str) -> pd.DataFrame:
     """Every published cell with ours, as chapter 13 left them."""
-    table = pd.read_csv(paths.existing(paths.root() / "figures/published/13_published_cells/cells.csv"))
+    table = pd.read_csv(paths.existing(paths.root() / "figures" / group / "13_published_cells" / "cells.csv"))
     names = table.metric.map({metric: name for metric, (name, _) in METRIC_NAMES.items()})
     shown = pd.DataFrame({"data set": table.dataset, "network": table.network, "loss": table.loss.map(plots.label)})
     shown["metric"], shown["scaling"], shown["papers"] = names, table.scaling, table.paper
@@ -292,12 +292,13 @@ def build(out: Path) -> None:
     source.mkdir(parents=True)
     for name in ("conf.py", "report.css"):
         shutil.copy(HERE / name, source)
-    names = notebooks(source, [*studies, *chosen["sweeps"], "text", "published"])
+    repeats = list(settings.params()["active"].get("repeats") or {})
+    names = notebooks(source, [*studies, *chosen["sweeps"], *repeats])
     note = "The numbers are those of " + " and ".join(f"`{study}`" for study in studies) + "."
     parts = {
         "answer": answer(studies[0]), "note": note, "study": studies[0], "chapters": "\n".join(names),
         "table": raw(scripts() + table_html(numbers(studies), [0, 1, 2, -1])),
-        "cells": raw(table_html(cells(), [0, 1, 2, 3, 4, -2, -1])),
+        "cells": raw(table_html(cells(repeats[0]), [0, 1, 2, 3, 4, -2, -1])) if repeats else "None was run.",
         "reliability": raw(libraries() + reliability(studies[0])), "curves": raw(curves(studies[0])),
     }  # fmt: skip
     page = (HERE / "index.md").read_text()

@@ -14,7 +14,7 @@ from torchvision import transforms
 
 from compendium import bench
 from compendium.__main__ import main
-from focalcal import calibrate, devices, metrics, networks, train
+from focalcal import calibrate, devices, metrics, networks
 
 CPU = torch.device("cpu")
 

@@ -51,7 +51,8 @@ def test_the_parameters_name_what_exists():
     active, shared, studies = PARAMS["active"], PARAMS["shared"], PARAMS["studies"]
     assert set(active["losses"]) <= set(shared["losses"]) <= set(plots.STYLE)
     assert {special.get("function", name) for name, special in shared["losses"].items()} == set(losses.LOSSES)
-    sweeps = [study for sweep in active["sweeps"].values() for study in sweep.values()]
+    groups = [*active["sweeps"].values(), *active["repeats"].values()]
+    sweeps = [study for group in groups for study in group.values()]
     assert {*active["studies"], *active["published"]} <= set(studies)
     assert {*active["analysed"], *sweeps} <= set(active["published"])
     assert all((ROOT / "published" / f"{study}.dvc").is_file() for study in active["published"])
@@ -161,7 +162,7 @@ def chapters(stage: str) -> list[str]:
     return matrix or re.findall(r"stripped/(\w+)\.ipynb", STAGES[stage]["cmd"])
 
 
-@pytest.mark.parametrize("stage", ["analyse", "analyse-published", "choose-gamma"])
+@pytest.mark.parametrize("stage", ["analyse", "analyse-published", "choose-gamma", "repeat"])
 def test_analyses_depend_on_the_whole_method_and_their_part_of_the_plant(stage):
     used = set().union(*map(uses, chapters(stage)))
     assert listed(stage) == {"focalcal"} | {name for name in used - KEEPERS if name.startswith("compendium.")}
@@ -190,7 +191,7 @@ def test_notebooks_are_chapters(path):
 
 
 @pytest.mark.parametrize(
-    "name", ["fashion/08_results/results", "published/13_published_cells/counts", "published/13_published_cells/ran"]
+    "name", ["fashion/08_results/results", "papers/13_published_cells/counts", "papers/13_published_cells/ran"]
 )
 def test_the_readme_shows_the_committed_tables(name):
     command = ["git", "show", f"HEAD:figures/{name}.md"]
