@@ -67,9 +67,12 @@ def _first(column: pd.Series) -> pd.Series:
 def cells(group: str) -> pd.DataFrame:
     """Every published cell with ours, as chapter 13 left them."""
     table = pd.read_csv(paths.existing(paths.root() / "figures" / group / "13_published_cells" / "cells.csv"))
+    table = table.sort_values(
+        "seeds", ascending=False, key=lambda seeds: seeds > 0, kind="stable"
+    )  # what was run first
     names = table.metric.map({metric: name for metric, (name, _) in METRIC_NAMES.items()})
     shown = pd.DataFrame({"data set": table.dataset, "network": table.network, "loss": table.loss.map(plots.label)})
-    shown["metric"], shown["scaling"], shown["papers"] = names, table.scaling, table.paper
+    shown["metric"], shown["scaling"], shown["papers"] = names, table.scaling, table.paper.round(2)
     for column in ("ours", "sd"):  # empty where there is none
         shown[column] = table[column].round(2).astype(object).where(table[column].notna(), "")
     return shown.assign(verdict=table.verdict.fillna("no verdict"), source=table.quality)

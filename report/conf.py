@@ -5,6 +5,7 @@ html_title = "focalcal: calibration and the focal loss"
 extensions = ["myst_nb"]
 nb_execution_mode = "off"  # the notebooks come executed, from the pipeline
 nb_ipywidgets_js = {}
+nb_render_markdown_format = "gfm"  # tables in outputs, too
 html_theme = "furo"
 html_static_path = ["report.css"]
 html_css_files = ["report.css"]
