@@ -83,8 +83,8 @@ def scripts() -> str:
     return itables.javascript.generate_init_offline_itables_html(Path(itables.__file__).parent / "html/dt_bundle.js")
 
 
-def table_html(table: pd.DataFrame, filtered: list[int]) -> str:
-    """A sortable table, with a filter for each of some columns."""
+def table_html(name: str, table: pd.DataFrame, filtered: list[int]) -> str:
+    """A sortable table, with a filter for each of some columns, in an element called table-<name>."""
     filters = {"extend": "dropdown", "icon": "search", "text": "Filter", "content": ["searchList"]}
     shown = itables.to_html_datatable(
         table,
@@ -96,7 +96,7 @@ def table_html(table: pd.DataFrame, filtered: list[int]) -> str:
         lengthMenu=[12, 36, 400],
         pageLength=12,
     )
-    return f'<div class="wide">{shown}</div>'
+    return f'<div class="wide" id="table-{name}">{shown}</div>'
 
 
 def chart_html(name: str, chart: alt.Chart, description: str) -> str:
@@ -300,8 +300,8 @@ def build(out: Path) -> None:
     note = "The numbers are those of " + " and ".join(f"`{study}`" for study in studies) + "."
     parts = {
         "answer": answer(studies[0]), "note": note, "study": studies[0], "chapters": "\n".join(names),
-        "table": raw(scripts() + table_html(numbers(studies), [0, 1, 2, -1])),
-        "cells": raw(table_html(cells(repeats[0]), [0, 1, 2, 3, 4, -2, -1])) if repeats else "None was run.",
+        "table": raw(scripts() + table_html("numbers", numbers(studies), [0, 1, 2, -1])),
+        "cells": raw(table_html("cells", cells(repeats[0]), [0, 1, 2, 3, 4, -2, -1])) if repeats else "None was run.",
         "reliability": raw(libraries() + reliability(studies[0])), "curves": raw(curves(studies[0])),
     }  # fmt: skip
     page = (HERE / "index.md").read_text()
