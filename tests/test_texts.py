@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import shutil
 import tarfile
 import zipfile
 
@@ -164,10 +165,16 @@ def test_texts_are_fetched_from_a_folder_or_its_archive(folder, monkeypatch, cap
     monkeypatch.setattr(fetch, "DOCUMENTS", 20)
     main(["data", "20newsgroups"])
     assert len(texts.newsgroup_files()) == 20
+    monkeypatch.setenv("FOCALCAL_DATA", str(folder / "data"))  # the folder itself: what is there stays
+    main(["data", "20newsgroups"])
+    assert len(texts.newsgroup_files()) == 20 and "20newsgroups is in" in capsys.readouterr().out
+    monkeypatch.setenv("FOCALCAL_DATA", str(given))
     with tarfile.open(given / "20news-19997.tar.gz", "w:gz") as archive:
         archive.add(given / "20_newsgroup", "20_newsgroups")
+    shutil.rmtree(folder / "data/20newsgroups")
     main(["data", "20newsgroups"])
     assert len(texts.newsgroup_files()) == 20
+    shutil.rmtree(folder / "data/20newsgroups")
     (given / "20news-19997.tar.gz").write_bytes(b"no archive")
     with pytest.raises(SystemExit, match="20news-19997.tar.gz is damaged"):
         main(["data", "20newsgroups"])

