@@ -3,7 +3,7 @@
 # make artifacts  the committed results' histories, logits and notebooks, without training
 # make lab        JupyterLab on the notebooks     make report   a static site in site/ of what results or artifacts left
 # make grid       trainings at once, on every core or GPU; GRID="--executor slurm" on a cluster (docs/grid.md)
-# make bench      speed beside stock loops        make strip    notebooks without outputs, before a commit
+# make bench      speed beside stock loops        make notebooks  what they made, into them, before a commit
 # make lock       requirements.txt anew from pyproject.toml
 
 PYTHON ?= python3
@@ -19,7 +19,7 @@ define timed
 	@echo "== $(1)"; begun=$$(date +%s); $(2) && echo "== done in $$(( $$(date +%s) - begun )) s"
 endef
 
-.PHONY: results everything data artifacts report test test-all test-whole test-slurm bench lab strip lock grid clean
+.PHONY: results everything data artifacts report test test-all test-whole test-slurm bench lab notebooks lock grid clean
 
 results: data
 	$(call timed,Trainings: one for each loss and as many at once as there are cores (two cores: 5 to 20 minutes),\
@@ -68,8 +68,10 @@ bench: $(READY)
 lab: $(READY)
 	jupyter lab --notebook-dir notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
-strip: $(READY)
-	python -m compendium notebook --strip notebooks notebooks
+# Into the notebooks the outputs of their executed copies, so that they can be read where they lie.
+notebooks: $(READY)
+	python -m compendium notebook --fill artifacts notebooks
+	dvc repro --quiet strip
 
 lock: $(READY)
 	uv pip compile --quiet --universal --generate-hashes --extra compendium --extra test --extra report \

@@ -28,7 +28,7 @@ VERBS = {  # verb -> what it does, an example
     ),
     "bench": ("Measure how fast this machine trains and measures, beside stock loops.", "compendium bench"),
     "notebook": (
-        "Execute a notebook as a stage does, or strip a folder of them.",
+        "Execute a notebook as a stage does, or strip or fill a folder of them.",
         "compendium notebook notebooks/08_results.ipynb out.ipynb -p study fashion",
     ),
     "report": ("Build the static site from what results or artifacts left.", "compendium report site"),
@@ -85,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     made["notebook"].add_argument("out", type=Path)
     made["notebook"].add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     made["notebook"].add_argument("--strip", action="store_true", help="strip the notebooks of a folder into another")
+    made["notebook"].add_argument("--fill", action="store_true", help="put outputs from artifacts into a folder")
 
     made["report"].add_argument("out", nargs="?", type=Path, help="a folder (default: site)")
     return top
@@ -134,6 +135,8 @@ def call(given: argparse.Namespace) -> int | None:
 
         if given.strip:
             notebook.strip(given.notebook, given.out)
+        elif given.fill:
+            notebook.fill(given.notebook, given.out)
         else:
             notebook.execute(given.notebook, given.out, dict(given.p))
     else:

@@ -1,10 +1,11 @@
-"""Run a notebook as a pipeline stage, or strip notebooks to what a stage depends on.
+"""Run a notebook as a pipeline stage, strip notebooks to what a stage depends on, or show in them what stages made.
 
 Executing refuses unknown parameters, works on a scratch file, checks that the last cell ran, and moves the
 result into place without times, durations, paths and random ids: two runs give equal bytes. A cell tagged
 ``progress`` shows its standard error live but does not keep it.
 """
 
+import ast
 import copy
 import os
 import re
@@ -67,6 +68,39 @@ def strip(folder: Path, out: Path) -> None:
     for source in sorted(Path(folder).glob("*.ipynb")):
         with paths.atomic(Path(out) / source.name) as part:
             nbformat.write(normalise(nbformat.read(source, 4), keep_outputs=False), part)
+
+
+def fill(artifacts: Path, folder: Path) -> None:
+    """Give every notebook of ``folder`` the outputs of its executed copy under ``artifacts``.
+
+    Of several copies it is the one that ran with the notebook's own parameters. ValueError, and no notebook changed, if
+    there is none or the notebook has been edited since.
+    """
+    filled = {}
+    for path in sorted(Path(folder).glob("*.ipynb")):
+        notebook = normalise(nbformat.read(path, 4), keep_outputs=False)
+        places = (f"*/notebooks/{path.name}", f"*/notebooks/{path.stem}/*.ipynb")
+        for place in sorted(place for glob in places for place in Path(artifacts).glob(glob)):
+            executed = nbformat.read(place, 4)
+            if _parameters(executed) == _parameters(notebook):
+                break
+        else:
+            raise ValueError(f"{path}: no copy under {artifacts} ran with its parameters; run `dvc repro` first.")
+        cells = [cell for cell in executed.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+        if [cell.source for cell in cells] != [cell.source for cell in notebook.cells]:
+            raise ValueError(f"{path} has been edited since it ran; run `dvc repro` first.")
+        notebook.cells = cells
+        filled[path] = normalise(notebook, keep_outputs=True)
+    for path, notebook in filled.items():
+        with paths.atomic(path) as part:
+            nbformat.write(notebook, part)
+
+
+def _parameters(notebook) -> dict:
+    """What the parameters cell says, and the injected one over it."""
+    tagged = [c for c in notebook.cells if {"parameters", "injected-parameters"} & set(c.metadata.get("tags", []))]
+    lines = [line for cell in tagged for line in ast.parse(cell.source).body if isinstance(line, ast.Assign)]
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
 
 
 def execute(notebook: Path, out: Path, parameters: dict) -> None:

@@ -64,9 +64,9 @@ def milestones(history: pd.DataFrame) -> list[int]:
     return rates.index[rates.diff() < 0].tolist()
 
 
-def curves(history: pd.DataFrame, column: str) -> pd.DataFrame:
-    """One column of a history as a table of epochs x losses, the mean over seeds."""
-    return history.pivot_table(column, "epoch", "loss", sort=False)
+def curves(history: pd.DataFrame, column: str, how: str = "mean") -> pd.DataFrame:
+    """One column of a history as a table of epochs x losses, mean or std over seeds (of a single one NaN)."""
+    return history.pivot_table(column, "epoch", "loss", aggfunc=how, sort=False).reindex(columns=history.loss.unique())
 
 
 def logits(study: str, loss: str, seed: int) -> dict[str, tuple]:

@@ -45,6 +45,8 @@ THEME = {  # for seaborn.set_theme(rc=THEME) in a notebook's set-up cell
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.labelsize": 10,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
     "legend.fontsize": 8.5,
     "legend.frameon": True,
     "legend.framealpha": 0.9,
@@ -72,18 +74,28 @@ def among(losses, *names: str) -> list[str]:
     return [name for name in names if name in losses] or list(losses)
 
 
-def curves(ax, table, milestones=(), settled: int = 0, **axis) -> None:
+def curves(ax, table, milestones=(), settled: int = 0, spread=None, bright=(), **axis) -> None:
     """A line per column (loss) of an epochs x losses table; dotted verticals where the learning rate drops.
 
-    settled: the y axis is cut to what happens after this many epochs; axis: keywords of ax.set, such as ylabel.
+    settled: the y axis is cut to 98 % of what happens after this many epochs; spread: half widths of a band around each line,
+    such as standard deviations over seeds, where not NaN; bright: the losses in colour, the others are grey (by default
+    all are in colour); axis: keywords of ax.set, such as ylabel.
     """
     for loss in table:
-        ax.plot(table.index, table[loss], linewidth=1.6, **style(loss))
+        look = style(loss) | {"linewidth": 1.6}
+        if bright and loss not in bright:
+            look |= {"color": "#CCCCCC", "linestyle": "-", "linewidth": 1, "zorder": 1, "label": "_other"}
+        ax.plot(table.index, table[loss], **look)
+        if spread is not None and spread[loss].notna().any():
+            low, high = table[loss] - spread[loss], table[loss] + spread[loss]
+            ax.fill_between(table.index, low, high, color=look["color"], alpha=0.2, linewidth=0)
+    if bright and set(table) - set(bright):
+        ax.plot([], [], color="#CCCCCC", linewidth=1, label="the others")
     decays(ax, milestones)
     ax.set(xlabel="Epoch", **axis)
     ax.margins(x=0.01)
     if 0 < settled < len(table):
-        low, high = table.min(axis=None), table.iloc[settled:].max(axis=None)
+        low, high = table.min(axis=None), table.iloc[settled:].quantile(0.98).max()
         ax.set_ylim(max(0, low - 0.1 * (high - low)), high + 0.1 * (high - low))
 
 
@@ -106,20 +118,24 @@ def legend_right(figure, ax) -> None:
     figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=2.6)
 
 
-def reliability(ax, count, confidence, correct, color: str, title: str = "") -> None:
+def reliability(ax, count, confidence, correct, color: str, title: str = "", chance=None) -> None:
     """Reliability diagram from metrics.bin_sums: accuracy per bin as bars, the gap to confidence hatched.
 
-    The bins are drawn with equal width, as they were made; empty ones are left blank.
+    The bins are drawn with equal width, as they were made; empty ones are left blank, and those of fewer than twenty
+    samples are pale. chance: how far a bin's accuracy may be from its confidence by chance, drawn as a grey span.
     """
     filled, width = count > 0, 1 / len(count)
-    left = np.arange(len(count)) * width
+    left, alpha = (np.arange(len(count)) * width)[filled], np.where(count >= 20, 0.75, 0.2)[filled]
     total = np.maximum(count, 1)
     accuracy, confidence = (correct / total)[filled], (confidence / total)[filled]
-    ax.bar(left[filled], accuracy, width, align="edge", color=color, alpha=0.75, edgecolor="white", linewidth=0.5)
-    ax.bar(
-        left[filled], confidence - accuracy, width, accuracy,
-        align="edge", fill=False, edgecolor="#CC3311", hatch="////", linewidth=0.6,
-    )  # fmt: skip
+    shades = [matplotlib.colors.to_rgba(color, value) for value in alpha]
+    ax.bar(left, accuracy, width, align="edge", color=shades, edgecolor="white", linewidth=0.5)
+    gap = {"align": "edge", "fill": False, "edgecolor": "#CC3311", "hatch": "////", "linewidth": 0.6}
+    ax.bar(left[alpha > 0.5], (confidence - accuracy)[alpha > 0.5], width, accuracy[alpha > 0.5], **gap)
+    if chance is not None:
+        ax.vlines(
+            left + width / 2, confidence - chance[filled], confidence + chance[filled], color="#555555", linewidth=1.5
+        )
     ax.plot([0, 1], [0, 1], color="#444444", linestyle="--", linewidth=1)
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title=title)
     for axis in (ax.xaxis, ax.yaxis):
