@@ -77,9 +77,9 @@ def among(losses, *names: str) -> list[str]:
 def curves(ax, table, milestones=(), settled: int = 0, spread=None, bright=(), **axis) -> None:
     """A line per column (loss) of an epochs x losses table; dotted verticals where the learning rate drops.
 
-    settled: the y axis is cut to 98 % of what happens after this many epochs; spread: half widths of a band around each line,
-    such as standard deviations over seeds, where not NaN; bright: the losses in colour, the others are grey (by default
-    all are in colour); axis: keywords of ax.set, such as ylabel.
+    settled: the y axis is cut to 98 % of what happens after this many epochs; spread: half widths of a band around each
+    line, such as standard deviations over seeds, where not NaN; bright: the losses in colour, the others are grey (by
+    default all are in colour); axis: keywords of ax.set, such as ylabel.
     """
     for loss in table:
         look = style(loss) | {"linewidth": 1.6}
