@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).parents[1]
 pytestmark = pytest.mark.whole
 
 
-def test_nothing_is_stale_but_for_data_that_is_not_pushed(tmp_path):
+def test_nothing_is_stale_but_for_data_that_is_not_pushed_and_notebooks_show_what_they_made(tmp_path):
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
     def call(*command, where):
@@ -33,3 +33,7 @@ def test_nothing_is_stale_but_for_data_that_is_not_pushed(tmp_path):
             stale |= {(stage, path) for path in changed}
     not_pushed = {"data", *(path for _, path in stale if Path(path).name == "prepared.npz")}
     assert {(stage, path) for stage, path in stale if path not in not_pushed} == set()
+
+    call(sys.executable, "-m", "compendium", "notebook", "--fill", "artifacts", "notebooks", where=clone)
+    assert call("git", "status", "--porcelain", "notebooks", where=clone) == "", "`make notebooks` changes these"
+    assert sum(path.stat().st_size for path in (clone / "notebooks").iterdir()) < 4e6

@@ -92,3 +92,35 @@ def test_failures_are_one_sentence_and_leave_the_old_result(folder, sources, arg
 def test_missing_notebook(folder):
     with pytest.raises(SystemExit, match="No notebook b.ipynb"):
         main(["notebook", "b.ipynb", "out.ipynb"])
+
+
+def test_filling_takes_the_outputs_of_the_copy_that_ran_with_the_same_parameters(folder):
+    (folder / "notebooks").mkdir()
+    write(folder / "notebooks" / "a.ipynb", "print(x + 1)")
+    for study, value in (("one", "1"), ("two", "2")):
+        main(["notebook", "notebooks/a.ipynb", f"artifacts/{study}/notebooks/a.ipynb", "-p", "x", value])
+    main(["notebook", "--fill", "artifacts", "notebooks"])
+    assert texts(folder / "notebooks/a.ipynb") == ["2\n"]
+    cells = nbformat.read(folder / "notebooks/a.ipynb", 4).cells
+    assert [cell.source for cell in cells] == ["# Title", "x = 1", "print(x + 1)"]
+    main(["notebook", "--strip", "notebooks", "stripped"])
+    write(folder / "a.ipynb", "print(x + 1)")
+    main(["notebook", "--strip", ".", "before"])
+    assert (folder / "stripped/a.ipynb").read_bytes() == (folder / "before/a.ipynb").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("source", "words"), [("print(x + 2)", "has been edited since it ran"), (None, "no copy under artifacts ran with")]
+)
+def test_filling_refuses_outputs_of_other_sources_and_changes_nothing(folder, source, words):
+    (folder / "notebooks").mkdir()
+    write(folder / "notebooks" / "a.ipynb", "print(x + 1)")
+    write(folder / "notebooks" / "b.ipynb", source or "print(x + 1)")
+    main(["notebook", "notebooks/a.ipynb", "artifacts/one/notebooks/a.ipynb"])
+    if source:
+        write(folder / "b.ipynb", "print(x + 1)")
+        main(["notebook", "b.ipynb", "artifacts/one/notebooks/b.ipynb"])
+    before = (folder / "notebooks" / "a.ipynb").read_bytes()
+    with pytest.raises(SystemExit, match=words):
+        main(["notebook", "--fill", "artifacts", "notebooks"])
+    assert (folder / "notebooks" / "a.ipynb").read_bytes() == before
