@@ -166,3 +166,12 @@ def test_the_best_and_what_is_not_told_apart_from_it():
     values = {"good": np.array([0.10]), "near": np.array([0.105]), "bad": np.array([0.30])}
     draws = {name: value + part for (name, value), part in zip(values.items(), noise, strict=True)}
     assert evidence.best_and_tied(values, draws) == ("good", ["near"])
+
+
+def test_the_floor_of_an_ece():
+    """All confidences q in one bin: the ECE is |q - share that is right|, on average about sqrt(2 q (1 - q) / (pi N))."""
+    q, samples = 0.8, 2500
+    logits = np.tile(np.log([q, 1 - q]), (samples, 1))
+    expected = np.sqrt(2 * q * (1 - q) / (np.pi * samples))
+    assert evidence.chance_ece(logits, draws=4000) == pytest.approx(expected, rel=0.04)
+    assert evidence.chance_ece(np.tile([50.0, 0.0], (10, 1))) == pytest.approx(0, abs=1e-6)  # certain: always right

@@ -206,3 +206,16 @@ def by_bins(logits, labels, masked=(), numbers=(metrics.BINS,)) -> dict[str, np.
         name: np.array([metrics.calibration_error(confidence, correct, edges(b)) for b in numbers])
         for name, edges in cuts.items()
     }
+
+
+def chance_ece(logits, draws: int = 100, seed: int = 0, masked=()) -> float:
+    """The floor of an ECE: its mean for a network with these confidences (logits: (N, K)) that is perfectly calibrated.
+
+    Each of ``draws`` test sets calls every prediction right with the probability of its own confidence. In [0, 1].
+    """
+    confidence, _ = metrics.confidence_correct(logits, np.zeros(len(logits), int), masked)
+    random, edges = np.random.default_rng(seed), metrics.equal_width_edges()
+    drawn = [
+        metrics.calibration_error(confidence, random.random(len(confidence)) < confidence, edges) for _ in range(draws)
+    ]
+    return float(np.mean(drawn))
