@@ -169,7 +169,7 @@ def test_the_best_and_what_is_not_told_apart_from_it():
 
 
 def test_the_floor_of_an_ece():
-    """All confidences q in one bin: the ECE is |q - share that is right|, on average about sqrt(2 q (1 - q) / (pi N))."""
+    """One bin, all confidences q: the ECE is |q - share right|, on average about sqrt(2 q (1 - q) / (pi N))."""
     q, samples = 0.8, 2500
     logits = np.tile(np.log([q, 1 - q]), (samples, 1))
     expected = np.sqrt(2 * q * (1 - q) / (np.pi * samples))

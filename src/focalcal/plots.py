@@ -133,9 +133,8 @@ def reliability(ax, count, confidence, correct, color: str, title: str = "", cha
     gap = {"align": "edge", "fill": False, "edgecolor": "#CC3311", "hatch": "////", "linewidth": 0.6}
     ax.bar(left[alpha > 0.5], (confidence - accuracy)[alpha > 0.5], width, accuracy[alpha > 0.5], **gap)
     if chance is not None:
-        ax.vlines(
-            left + width / 2, confidence - chance[filled], confidence + chance[filled], color="#555555", linewidth=1.5
-        )
+        at, said, half = ((values[alpha > 0.5]) for values in (left + width / 2, confidence, chance[filled]))
+        ax.vlines(at, said - half, said + half, color="#555555", linewidth=1.5)
     ax.plot([0, 1], [0, 1], color="#444444", linestyle="--", linewidth=1)
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title=title)
     for axis in (ax.xaxis, ax.yaxis):
