@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from relplot import smECE
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 
 from focalcal import evidence, metrics
 
@@ -175,3 +176,37 @@ def test_the_floor_of_an_ece():
     expected = np.sqrt(2 * q * (1 - q) / (np.pi * samples))
     assert evidence.chance_ece(logits, draws=4000) == pytest.approx(expected, rel=0.04)
     assert evidence.chance_ece(np.tile([50.0, 0.0], (10, 1))) == pytest.approx(0, abs=1e-6)  # certain: always right
+
+
+def test_selective_prediction_by_hand():
+    """Confidences .9 .8 .7 .6, the second wrong: risks 0, 1/2, 1/3, 1/4; at best 0, 0, 0, 1/4; one pair of three."""
+    confidence, correct, once = np.array([0.8, 0.9, 0.6, 0.7]), np.array([0, 1, 1, 1], bool), np.ones((1, 4))
+    found = evidence.selective(confidence, correct, once)
+    assert found["aurc"] == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+    assert found["eaurc"] == pytest.approx((1 / 2 + 1 / 3) / 4) and found["auroc"] == pytest.approx(1 / 3)
+    coverage, risk = evidence.risk_coverage(confidence, correct)
+    assert coverage.tolist() == [0.25, 0.5, 0.75, 1] and risk == pytest.approx([0, 1 / 2, 1 / 3, 1 / 4])
+    twice = evidence.selective(np.tile(confidence, 2), np.tile(correct, 2), np.ones((1, 8)))  # ties
+    assert twice["aurc"] == pytest.approx(found["aurc"]) and twice["auroc"] == pytest.approx(found["auroc"])
+    assert evidence.selective(confidence, correct, 2 * once)["aurc"] == pytest.approx(found["aurc"])
+
+
+def test_selective_prediction_at_its_ends_and_beside_scikit_learn():
+    random = np.random.default_rng(0)
+    correct, once = random.random(5000) < 0.8, np.ones((1, 5000))
+    assert evidence.selective(correct + random.random(5000), correct, once)["eaurc"] == pytest.approx(0, abs=1e-9)
+    confidence = random.random(5000).round(2)  # with ties, and knowing nothing
+    found = evidence.selective(confidence, correct, once)
+    assert found["aurc"] == pytest.approx(0.2, abs=0.02)
+    assert found["auroc"] == pytest.approx(roc_auc_score(correct, confidence))
+    counts = evidence.resamples(5000, 3)
+    drawn = np.repeat(np.arange(5000), counts[1].astype(int))
+    again = evidence.selective(confidence[drawn], correct[drawn], once)
+    assert evidence.selective(confidence, correct, counts)["aurc"][1] == pytest.approx(again["aurc"])
+
+
+def test_a_difference_counts_the_seeds_that_both_have():
+    random = np.random.default_rng(0)
+    one, other = random.normal(size=(2, 50)), random.normal(size=(3, 50))
+    short = evidence.difference([1.0, 2.0], [1.5, 2.7], one, other[:2])
+    assert evidence.difference([1.0, 2.0], [1.5, 2.7, 9.0], one, other) == short

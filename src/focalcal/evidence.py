@@ -8,6 +8,7 @@ from itertools import combinations
 
 import numpy as np
 from scipy import stats
+from scipy.special import digamma
 from sklearn.isotonic import IsotonicRegression
 
 from focalcal import calibrate, metrics
@@ -91,10 +92,12 @@ def difference(ours: np.ndarray, theirs: np.ndarray, resampled_ours, resampled_t
     ours, theirs: a value per seed (S,); resampled_*: (S, resamples), from the same resamples. The standard error joins
     that of the test set (bootstrap of the mean over seeds) and that of the seeds (their differences' standard deviation
     / sqrt(S)); with one seed the second is unknown and left out. Student's t with Satterthwaite's degrees of freedom
-    (``freedom``; infinite with one seed). Far in its tail, below SMALLEST, that is no approximation any more.
+    (``freedom``; infinite with one seed). Far in its tail, below SMALLEST, that is no approximation any more. Where one
+    has more seeds, the first that both have count.
     """
-    gap, seeds = np.asarray(ours) - np.asarray(theirs), len(ours)
-    of_test = (resampled_ours - resampled_theirs).mean(axis=0).var(ddof=1)
+    seeds = min(len(ours), len(theirs))
+    gap = np.asarray(ours)[:seeds] - np.asarray(theirs)[:seeds]
+    of_test = (np.asarray(resampled_ours)[:seeds] - resampled_theirs[:seeds]).mean(axis=0).var(ddof=1)
     of_seeds = gap.var(ddof=1) / seeds if seeds > 1 else 0.0
     error = np.sqrt(of_test + of_seeds)
     freedom = (seeds - 1) * (of_test + of_seeds) ** 2 / of_seeds**2 if of_seeds > 0 else np.inf
@@ -219,3 +222,32 @@ def chance_ece(logits, draws: int = 100, seed: int = 0, masked=()) -> float:
         metrics.calibration_error(confidence, random.random(len(confidence)) < confidence, edges) for _ in range(draws)
     ]
     return float(np.mean(drawn))
+
+
+def selective(confidence, correct, counts) -> dict[str, np.ndarray]:
+    """How well confidence (N,) tells right predictions, correct (N,) bool, from wrong ones, on each resample of counts.
+
+    - aurc: area under the risk-coverage curve, the mean over samples of the error among all that are at least as
+      confident (Geifman and El-Yaniv 2017); from 0 to 1, and about the error if the order says nothing.
+    - eaurc: what that lies above the best order, all right ones before all wrong ones (Geifman et al. 2019).
+    - auroc: how often a right prediction has more confidence than a wrong one, ties half; NaN without either.
+    """
+    order = np.argsort(-confidence, kind="stable")
+    ranked, wrong, found = -confidence[order], ~np.asarray(correct, bool)[order], np.empty((3, len(counts)))
+    first, last = (np.searchsorted(ranked, ranked, side) for side in ("left", "right"))  # of those as confident
+    for row, drawn in enumerate(np.ascontiguousarray(counts[:, order])):
+        kept, bad = (np.concatenate([[0.0], np.cumsum(part, dtype=np.float64)]) for part in (drawn, drawn * wrong))
+        n, k, good = kept[-1], bad[-1], kept - bad
+        found[0, row] = (drawn * bad[last] / np.maximum(kept[last], 1)).sum() / n
+        found[1, row] = found[0, row] - (k - (n - k) * (digamma(n + 1) - digamma(n - k + 1))) / n
+        won = (drawn * wrong * (good[first] + good[last])).sum() / 2
+        found[2, row] = won / (k * (n - k)) if 0 < k < n else np.nan
+    return dict(zip(("aurc", "eaurc", "auroc"), found, strict=True))
+
+
+def risk_coverage(confidence, correct) -> tuple[np.ndarray, np.ndarray]:
+    """Coverage, the share of samples at least as confident as each, and risk, their error: (N,) both, by coverage."""
+    order = np.argsort(-confidence, kind="stable")
+    last = np.searchsorted(-confidence[order], -confidence[order], "right")
+    bad = np.concatenate([[0], np.cumsum(~np.asarray(correct, bool)[order])])
+    return last / len(order), bad[last] / last
