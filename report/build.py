@@ -131,7 +131,7 @@ def cells(group: str) -> pd.DataFrame:
     shown["metric"], shown["scaling"], shown["papers"] = names, table.scaling, table.paper.round(2)
     shown["ours"] = shown["verdict"] = table.verdict.fillna("no verdict")
     for column in ("ours", "sd"):  # empty where there is none
-        shown[column] = table[column].round(2).astype(object).where(table[column].notna(), "")
+        shown[column] = ["" if np.isnan(value) else f"{value:.2f}" for value in table[column]]
     return shown.assign(source=table.quality)
 
 
