@@ -109,8 +109,8 @@ def numbers(studies: list[str]) -> pd.DataFrame:
     table.loc[percent, values] *= 100
     table[values] = table[values].astype(float).round(3)
     table["metric"] = table.metric.map(METRICS)
-    for column in ("sd", "papers"):  # empty where there is none
-        table[column] = table[column].astype(object).where(table[column].notna(), "")
+    for column, digits in (("sd", 3), ("papers", 2)):  # empty where there is none
+        table[column] = ["" if np.isnan(value) else f"{value:.{digits}f}" for value in table[column]]
     return table[["loss", "metric", "scaling", *values, "study"]]
 
 
@@ -392,7 +392,7 @@ def curves(study: str) -> str:
         alt.Y("low:Q", title=None),
         alt.Y2("high:Q"),
         alt.Color("loss:N"),
-        opacity=alt.condition(single, alt.value(0.15), alt.value(0.02)),
+        fillOpacity=alt.condition(single, alt.value(0.15), alt.value(0.02)),
     )
     looks = [dashes[look["linestyle"]] for look in looks]
     line = chosen.mark_line(strokeWidth=1.5, clip=True).encode(

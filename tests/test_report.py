@@ -82,7 +82,7 @@ def test_the_opening_page_is_small_and_leads_with_the_headline_study(site):
         html.index(f"<h2>{title}") for title in ("The headline study", "The papers", "The quick study")
     )
     assert f">{known_ece(site, 'focal3'):.2f}" in html[first:cells]
-    assert ">383<" not in html[first:cells] and ">tree_lstm<" in html[cells:quick] and ">0.95<" in html[quick:]
+    assert ">tree_lstm<" in html[cells:quick] and ">0.95<" in html[quick:]
     captions = re.findall(r'caption-text">([^<]+)', html)
     assert captions[0].startswith(f"{HEADLINE}: ") and len(captions) == len(set(captions)) * 2 > 10  # side bar and page
     assert (site / "provenance.html").read_text().count("<tr") > 12
@@ -201,21 +201,16 @@ def test_a_second_loss_stands_beside_the_first(site, page):
     expect(other).to_be_hidden()
 
 
-@pytest.mark.parametrize(
-    ("scheme", "chosen"), [("dark", "auto"), ("light", "auto"), ("dark", "light"), ("light", "dark")]
-)
+@pytest.mark.parametrize(("scheme", "chosen"), [("dark", "auto"), ("dark", "light"), ("light", "dark")])
 def test_tables_follow_the_theme(site, page, scheme, chosen):
     page.emulate_media(color_scheme=scheme)
     open_index(page, site)
     page.evaluate("chosen => document.body.dataset.theme = chosen", chosen)
-    background, text = page.evaluate(COLOURS, "table-numbers")
-    assert (
-        (background < 150 and text > 500)
-        if "dark" in (chosen, scheme * (chosen == "auto"))
-        else background > 600 > text
-    )
+    dark = "dark" in (chosen, scheme if chosen == "auto" else "")
+    background, text = page.evaluate(COLOURS, "table-numbers")  # each the sum of red, green and blue
+    assert background < 150 and text > 500 if dark else background > 600 > text
     icons = page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--dtcc-button-icon_color')")
-    assert ("white" in icons) == (background < 150)
+    assert ("white" in icons) == dark
 
 
 def test_the_keyboard_suffices(site, page):
