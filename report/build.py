@@ -141,7 +141,7 @@ def scripts(source: Path) -> str:
     tables = itables.javascript.generate_init_offline_itables_html(bundle)
     (source / "tables.js").write_text(tables.partition("<script>")[2].partition("</script>")[0])
     (source / "charts.js").write_text(f"(() => {{{vl_convert.javascript_bundle()}}})();")
-    return "\n".join(f'<script src="_static/{name}.js"></script>' for name in ("theme", "tables", "charts"))
+    return "\n".join(f'<script defer src="_static/{name}.js"></script>' for name in ("theme", "tables", "charts"))
 
 
 def table_html(name: str, table: pd.DataFrame, filtered: list[int]) -> str:
@@ -400,7 +400,7 @@ def curves(study: str) -> str:
         y,
         color,
         alt.StrokeDash("loss:N", scale=alt.Scale(domain=names, range=looks)),
-        opacity=alt.condition(single, alt.value(1), alt.value(0.08)),
+        opacity=alt.condition(single, alt.value(1), alt.value(0.15)),
     )
     tips = ["loss:N", "epoch:Q", alt.Tooltip("value:Q", format=".4f")]
     points = chosen.mark_point(size=60, opacity=0, filled=True, clip=True).encode(x, y, color, tooltip=tips)
