@@ -48,10 +48,10 @@ def headline() -> str:
 
 def title(study: str) -> str:
     """What a study is, for people."""
-    own, seeds = settings.study(study).training, runs.losses_and_seeds(study)[1]
+    own, dataset, seeds = settings.study(study).training, settings.data(study).dataset, runs.losses_and_seeds(study)[1]
     epochs = own.get("epochs", settings.params()["shared"]["protocol"]["epochs"])
     several = f", {len(seeds)} seeds" if len(seeds) > 1 else ""
-    return f"{DATASETS[settings.data(study).dataset]}, {epochs} epochs{several}"
+    return f"{DATASETS.get(dataset, dataset)}, {epochs} epochs{several}"
 
 
 def results(study: str) -> str:
