@@ -4,6 +4,7 @@ Needs what `make results` or `make artifacts` leaves. Nothing is executed; no pa
 """
 
 import json
+import pkgutil
 import shutil
 from pathlib import Path
 
@@ -16,12 +17,15 @@ import vl_convert
 from sphinx.cmd.build import main as sphinx
 from sphinx.util.osutil import ensuredir
 
+import focalcal
 from compendium import paths, runs, settings
 from compendium.cells import METRICS as METRIC_NAMES
 from focalcal import metrics, plots
 
 HERE = Path(__file__).parent
 BINS, TENTHS = (5, 10, 15, 30), range(5, 36)  # of the reliability diagram; temperatures 0.5 ... 3.5
+FEW = 20  # samples; bins of fewer are pale
+POINTS = 175  # at most, of a training curve
 METRICS = {"ece": "ECE %", "nll": "NLL", "error": "Error %", "adaece": "AdaECE %", "classwise_ece": "Classwise %"}
 METRICS |= {"mce": "MCE %", "brier": "Brier"}
 CURVES = {
@@ -31,6 +35,58 @@ CURVES = {
     "train_nll": "Training NLL (nats)",
     "weight_norm": "Norm of the last layer",
 }
+DATASETS = {"fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "sst": "SST"}
+DATASETS |= {"tiny_imagenet": "Tiny-ImageNet", "20newsgroups": "20 Newsgroups"}
+OVER, UNDER = "over-confident", "under-confident"
+
+
+def headline() -> str:
+    """The study that leads: the first of active.published; of active.studies, if no published one is analysed."""
+    chosen = settings.active()
+    return next((name for name in chosen["published"] if name in chosen["analysed"]), chosen["studies"][0])
+
+
+def title(study: str) -> str:
+    """What a study is, for people."""
+    own, dataset, seeds = settings.study(study).training, settings.data(study).dataset, runs.losses_and_seeds(study)[1]
+    epochs = own.get("epochs", settings.params()["shared"]["protocol"]["epochs"])
+    several = f", {len(seeds)} seeds" if len(seeds) > 1 else ""
+    return f"{DATASETS.get(dataset, dataset)}, {epochs} epochs{several}"
+
+
+def results(study: str) -> str:
+    """The table of a study: mean over seeds and, where there are several, their standard deviation."""
+    mean, ts = runs.results(study), runs.temperatures(study).xs("ece", level="scaling").groupby("loss", sort=False)
+    sd = runs.results(study, "std").reindex_like(mean)
+    rows, columns = [], {"Error %": ("error", "none"), "ECE %": ("ece", "none"), "ECE % scaled": ("ece", "ece")}
+    for loss in mean.index:
+        row = {"Loss": plots.label(loss), "Seeds": len(ts.get_group(loss))}
+        for name, column in columns.items():
+            row[name] = with_sd(100 * mean[column][loss], 100 * sd[column][loss])
+        rows.append(row | {"T": with_sd(ts.mean()[loss], ts.std()[loss])})
+    table = runs.beside_papers(pd.DataFrame(rows, mean.index), study)
+    table = table.drop(columns=["ECE % scaled (papers)", "T (papers)"])
+    table["ECE % (papers)"] = [f"{value:.2f}" if value == value else "" for value in table["ECE % (papers)"]]
+    return table.to_markdown(index=False, colalign=("left", *["right"] * (table.shape[1] - 1)), disable_numparse=True)
+
+
+def with_sd(value: float, sd: float) -> str:
+    return f"{value:.2f}" + ("" if np.isnan(sd) else f" ± {sd:.2f}")
+
+
+def how(study: str) -> str:
+    """What the table of a study is of, in three sentences."""
+    data, own, protocol = settings.data(study), settings.study(study).training, settings.params()["shared"]["protocol"]
+    seeds = runs.temperatures(study).reset_index().groupby("loss").seed.nunique()
+    whole = "" if set(own) & set(protocol) else ", with the papers' whole protocol"
+    many = f"mean ± standard deviation over up to {seeds.max()} seeds"
+    one = "one seed, so only large differences mean anything"
+    papers = "the same data and network" if runs.repeats_papers(study) else "ResNet-50 on CIFAR-10"
+    return (
+        f"{len(seeds)} losses{whole}, {data.train:,} training and {data.test:,} test samples; "
+        f"{one if seeds.max() == 1 else many}. *papers*: {papers}. "
+        "*scaled*: at the temperature T of lowest validation ECE."
+    )
 
 
 def numbers(studies: list[str]) -> pd.DataFrame:
@@ -53,8 +109,8 @@ def numbers(studies: list[str]) -> pd.DataFrame:
     table.loc[percent, values] *= 100
     table[values] = table[values].astype(float).round(3)
     table["metric"] = table.metric.map(METRICS)
-    for column in ("sd", "papers"):  # empty where there is none
-        table[column] = table[column].astype(object).where(table[column].notna(), "")
+    for column, digits in (("sd", 3), ("papers", 2)):  # empty where there is none
+        table[column] = ["" if np.isnan(value) else f"{value:.{digits}f}" for value in table[column]]
     return table[["loss", "metric", "scaling", *values, "study"]]
 
 
@@ -73,14 +129,19 @@ def cells(group: str) -> pd.DataFrame:
     names = table.metric.map({metric: name for metric, (name, _) in METRIC_NAMES.items()})
     shown = pd.DataFrame({"data set": table.dataset, "network": table.network, "loss": table.loss.map(plots.label)})
     shown["metric"], shown["scaling"], shown["papers"] = names, table.scaling, table.paper.round(2)
+    shown["ours"] = shown["verdict"] = table.verdict.fillna("no verdict")
     for column in ("ours", "sd"):  # empty where there is none
-        shown[column] = table[column].round(2).astype(object).where(table[column].notna(), "")
-    return shown.assign(verdict=table.verdict.fillna("no verdict"), source=table.quality)
+        shown[column] = ["" if np.isnan(value) else f"{value:.2f}" for value in table[column]]
+    return shown.assign(source=table.quality)
 
 
-def scripts() -> str:
-    """What the tables need, to be inlined once."""
-    return itables.javascript.generate_init_offline_itables_html(Path(itables.__file__).parent / "html/dt_bundle.js")
+def scripts(source: Path) -> str:
+    """Write the libraries of tables and charts into files of their own; what loads them, and follows the theme."""
+    bundle = Path(itables.__file__).parent / "html" / "dt_bundle.js"
+    tables = itables.javascript.generate_init_offline_itables_html(bundle)
+    (source / "tables.js").write_text(tables.partition("<script>")[2].partition("</script>")[0])
+    (source / "charts.js").write_text(f"(() => {{{vl_convert.javascript_bundle()}}})();")
+    return "\n".join(f'<script defer src="_static/{name}.js"></script>' for name in ("theme", "tables", "charts"))
 
 
 def table_html(name: str, table: pd.DataFrame, filtered: list[int]) -> str:
@@ -100,115 +161,258 @@ def table_html(name: str, table: pd.DataFrame, filtered: list[int]) -> str:
 
 
 def chart_html(name: str, chart: alt.Chart, description: str) -> str:
-    """A place for a chart, and the call that draws it; the libraries are inlined once by ``libraries``."""
+    """A place for a chart, and the call that draws it. Its data called <x> is the script's variable data_<x>."""
     spec = json.dumps(chart.properties(description=description).to_dict(), separators=(",", ":"))
     return (
         f'<div class="chart" id="chart-{name}" role="group" aria-label="{description}"></div>'
-        f'<script>vegaEmbed("#chart-{name}", {spec}, {{"actions": false, "renderer": "svg"}});</script>'
+        f'<script type="module">{drawn(f"chart-{name}", spec, chart.data.name)}</script>'
     )
 
 
-def libraries() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script."""
-    return f"<script>(() => {{{vl_convert.javascript_bundle()}}})();</script>"
+def drawn(place: str, spec: str, data: str) -> str:
+    """The call that draws a specification, to be made when the page is whole and its columns have their width."""
+    return (
+        f'vegaEmbed("#{place}", {{...{spec}, datasets: {{{data}: data_{data}}}}}, '
+        '{"actions": false, "renderer": "svg"});'
+    )
+
+
+def data_html(name: str, rows: list[dict]) -> str:
+    """Rows, each of them with lists that a chart flattens, as the variable data_<name>."""
+    return f"<script>const data_{name} = {json.dumps(rows, separators=(',', ':'))};</script>"
+
+
+def binned(study: str) -> list[dict]:
+    """What every loss's reliability diagram is made of: test samples of its first seed in the finest bins.
+
+    n, correct: counts per bin; confidence: its sum. For the temperatures of TENTHS.
+    """
+    rows, first = [], dict(reversed(runs.pairs(study)))
+    for loss in runs.losses_and_seeds(study)[0]:
+        logits, *labels = runs.logits(study, loss, first[loss])["test"]
+        for tenths in TENTHS:
+            confidence, correct = metrics.confidence_correct(logits * (10 / tenths), *labels)
+            n, summed, right = metrics.bin_sums(confidence, correct, metrics.equal_width_edges(max(BINS)))
+            row = {"loss": plots.label(loss), "t": tenths, "n": n.astype(int).tolist()}
+            rows.append(row | {"confidence": summed.round(2).tolist(), "correct": right.astype(int).tolist()})
+    return rows
 
 
 def reliability(study: str) -> str:
-    """A reliability diagram of the first seed, its loss, bins and temperature to be chosen."""
-    losses, seeds = runs.losses_and_seeds(study)
-    lines = ["loss,bins,t,bin,n,confidence,correct"]
-    for loss in losses:
-        logits, *labels = runs.logits(study, loss, seeds[0])["test"]
-        for tenths in TENTHS:
-            confidence, correct = metrics.confidence_correct(logits * (10 / tenths), *labels)
-            for bins in BINS:
-                sums = metrics.bin_sums(confidence, correct, metrics.equal_width_edges(bins))
-                for b, (n, c, right) in enumerate(zip(*sums, strict=True)):
-                    if n:
-                        lines.append(f'"{plots.label(loss)}",{bins},{tenths},{b},{n:.0f},{c:.1f},{right:.0f}')
-    data = alt.InlineData(
-        "\n".join(lines),
-        format=alt.CsvDataFormat(
-            type="csv", parse={name: "number" for name in ("bins", "t", "bin", "n", "confidence", "correct")}
-        ),
+    """A reliability diagram, its loss, bins and temperature to be chosen, and another loss's beside it."""
+    names = [plots.label(loss) for loss in runs.losses_and_seeds(study)[0]]
+
+    def options(values, chosen):
+        return "".join(f"<option{' selected' * (value == chosen)}>{value}</option>" for value in values)
+
+    controls = (
+        f'<label>Loss <select id="loss-1">{options(names, names[0])}</select></label>'
+        f'<label>Beside it <select id="loss-2"><option value="">none</option>{options(names, None)}</select></label>'
+        f'<label>Bins <select id="bins">{options(BINS, metrics.BINS)}</select></label>'
+        f'<label>Temperature <input id="temperature" type="range" min="{TENTHS[0] / 10}" max="{TENTHS[-1] / 10}" '
+        'step="0.1" value="1"> <output>1</output></label>'
     )
-    names = [plots.label(loss) for loss in losses]
-    loss = alt.param("loss", value=names[0], bind=alt.binding_select(options=names, name="Loss "))
-    bins = alt.param("bins", value=15, bind=alt.binding_select(options=list(BINS), name="Bins "))
-    t = alt.param("T", value=1, bind=alt.binding_range(min=0.5, max=3.5, step=0.1, name="Temperature "))
-    chosen = alt.Chart(data).transform_filter(
-        (alt.datum.loss == loss) & (alt.datum.bins == bins) & (alt.datum.t == alt.expr.round(10 * t))
+    places = "".join(
+        f'<div id="reliability-{i}" role="group" aria-label="Reliability diagram: accuracy over confidence, the ECE, '
+        f'its sign, and the samples in each bin"{" hidden" * (i > 1)}></div>'
+        for i in (1, 2)
     )
-    bars = chosen.transform_calculate(
-        low="datum.bin / datum.bins", high="(datum.bin + 1) / datum.bins",
-        accuracy="datum.correct / datum.n", mean="datum.confidence / datum.n",
+    draw = "".join(
+        drawn(f"reliability-{i}", json.dumps(diagram(f"#loss-{i}", loss).to_dict(), separators=(",", ":")), "bins")
+        for i, loss in ((1, names[0]), (2, ""))
+    )
+    moves = """
+document.getElementById("loss-2").onchange = event => {
+  document.getElementById("reliability-2").hidden = !event.target.value;
+  dispatchEvent(new Event("resize"));
+};
+document.getElementById("temperature").oninput = event => event.target.nextElementSibling.value = event.target.value;
+"""
+    return (
+        f'<div class="chart" id="chart-reliability"><div class="controls">{controls}</div>'
+        f'<div class="pair">{places}</div></div>{data_html("bins", binned(study))}'
+        f'<script type="module">{draw}{moves}</script>'
+    )
+
+
+def diagram(choice: str, first: str) -> alt.LayerChart:
+    """A reliability diagram of the loss that is chosen in the element ``choice``, at first ``first``.
+
+    Bars are the accuracy, a line the mean confidence of a bin, the gap between them coloured by its sign. Below zero
+    hang the samples of each bin.
+    """
+    loss = alt.param("loss", bind=alt.BindDirect(element=choice, event="input"), value=first)
+    bins = alt.param("bins", bind=alt.BindDirect(element="#bins", event="input"), value=metrics.BINS)
+    t = alt.param("T", bind=alt.BindDirect(element="#temperature", event="input"), value=1)
+    chosen = alt.Chart()
+    axis = alt.Axis(values=[0, 0.2, 0.4, 0.6, 0.8, 1], format=".1f", labelFlush=False)
+    x = alt.X("low:Q", scale=alt.Scale(domain=[0, 1]), title="Confidence", axis=axis)
+    y = {"scale": alt.Scale(domain=[-0.3, 1]), "axis": axis}
+    side = alt.Color(
+        "side:N",
+        scale=alt.Scale(domain=[OVER, UNDER], range=["#CC3311", "#009988"]),
+        legend=alt.Legend(title=None, orient="top", symbolType="square"),
+    )
+    pale = alt.condition(alt.datum.n < FEW, alt.value(0.3), alt.value(1))
+    accuracy = chosen.mark_bar(color="#9DB9D6", stroke="white").encode(
+        x, alt.X2("high:Q"), alt.Y("accuracy:Q", title="Accuracy", **y), alt.Y2Datum(0), opacity=pale
+    )
+    gap = chosen.mark_bar(stroke="white", fillOpacity=0.6).encode(
+        x, alt.X2("high:Q"), alt.Y("accuracy:Q"), alt.Y2("mean:Q"), color=side, opacity=pale
+    )
+    mean = chosen.mark_rule(strokeWidth=3).encode(x, alt.X2("high:Q"), alt.Y("mean:Q"), color=side, opacity=pale)
+    hanging = chosen.mark_bar(color="#888").encode(x, alt.X2("high:Q"), alt.Y("zero:Q"), alt.Y2("hang:Q"), opacity=pale)
+    counts = (
+        chosen.transform_filter("bins <= 15")
+        .mark_text(fontSize=alt.ExprRef("width < 450 ? 8 : 10"), color="#444")
+        .encode(alt.X("middle:Q"), alt.YDatum(-0.04), text="n:Q")
+    )
+    whole = [("range", "confidence"), ("n", "samples"), ("error", "error")]
+    tips = [alt.Tooltip(f"{field}:N", title=name) for field, name in whole]
+    tips[2:2] = [
+        alt.Tooltip("mean:Q", format=".3f", title="mean confidence"),
+        alt.Tooltip("accuracy:Q", format=".3f", title="accuracy"),
+    ]
+    hover = chosen.mark_bar(opacity=0).encode(x, alt.X2("high:Q"), alt.YDatum(-0.3), alt.Y2Datum(1), tooltip=tips)
+    ends = alt.Chart(alt.sequence(0, 2, as_="x"))
+    diagonal = ends.mark_line(color="#444", strokeDash=[4, 4]).encode(alt.X("x:Q"), alt.Y("x:Q"))
+    zero = ends.mark_line(color="#444", strokeWidth=1).encode(alt.X("x:Q"), alt.YDatum(0))
+    total = chosen.transform_calculate(absolute="abs(datum.confidence - datum.correct)").transform_aggregate(
+        absolute="sum(absolute)", confidence="sum(confidence)", correct="sum(correct)", n="sum(n)"
+    ).transform_filter("datum.n > 0").transform_calculate(
+        ece="'ECE ' + format(100 * datum.absolute / datum.n, '.2f') + ' %'",
+        gap="100 * (datum.confidence - datum.correct) / datum.n",
+        sign=f"(datum.gap > 0 ? '{OVER}' : '{UNDER}') + ' by ' + format(abs(datum.gap), '.2f') + ' points'",
     )  # fmt: skip
-    x = alt.X("low:Q", scale=alt.Scale(domain=[0, 1]), title="Confidence")
-    tips = [alt.Tooltip("n:Q", title="samples"), alt.Tooltip("mean:Q", format=".3f", title="mean confidence")]
-    tips += [alt.Tooltip("accuracy:Q", format=".3f", title="accuracy")]
-    accuracy = bars.mark_bar(color="#3377BB", stroke="white").encode(
-        x,
-        alt.X2("high:Q"),
-        alt.Y("accuracy:Q", scale=alt.Scale(domain=[0, 1]), title="Accuracy"),
-        alt.Y2Datum(0),
-        tooltip=tips,
+    ece = total.mark_text(align="left", fontSize=20, fontWeight="bold")
+    sign = total.mark_text(align="left", fontSize=13)
+    texts = [ece.encode(x=alt.value(12), y=alt.value(18), text="ece:N")]
+    texts.append(sign.encode(x=alt.value(12), y=alt.value(40), text="sign:N"))
+    below = alt.Chart(alt.sequence(0, 1)).mark_text(align="left", fontSize=11, color="#444", text="samples in each bin")
+    texts.append(below.encode(x=alt.value(4), y=alt.YDatum(-0.2)))
+    return (
+        alt.layer(accuracy, gap, mean, hanging, counts, diagonal, zero, *texts, hover, data=alt.NamedData("bins"))
+        .transform_filter("datum.loss == loss && datum.t == round(10 * T)")
+        .transform_calculate(fine=f"sequence({max(BINS)})")
+        .transform_flatten(["fine", "n", "confidence", "correct"])
+        .transform_calculate(bin=f"floor(datum.fine * bins / {max(BINS)})")
+        .transform_aggregate(groupby=["bin"], n="sum(n)", confidence="sum(confidence)", correct="sum(correct)")
+        .transform_filter("datum.n > 0")
+        .transform_joinaggregate(most="max(n)")
+        .transform_calculate(
+            low="datum.bin / bins",
+            high="(datum.bin + 1) / bins",
+            middle="(datum.bin + 0.5) / bins",
+            accuracy="datum.correct / datum.n",
+            mean="datum.confidence / datum.n",
+            gap="datum.mean - datum.accuracy",
+            side=f"datum.gap > 0 ? '{OVER}' : '{UNDER}'",
+            range="format(datum.low, '.2f') + ' to ' + format(datum.high, '.2f')",
+            error="format(abs(datum.gap), '.3f') + ' ' + datum.side",
+            zero="-0.08",
+            hang="-0.08 - 0.2 * datum.n / datum.most",
+        )
+        .add_params(loss, bins, t)
+        .properties(
+            width="container",
+            height=420,
+            title=alt.TitleParams(alt.ExprRef("loss"), anchor="start"),
+            autosize=alt.AutoSizeParams(type="fit-x", contains="padding"),
+        )
     )
-    mean = bars.mark_tick(color="#CC3311", thickness=3, width=14).encode(alt.X("mean:Q"), alt.Y("mean:Q"), tooltip=tips)
-    diagonal = (
-        alt.Chart(alt.InlineData([{"x": 0}, {"x": 1}]))
-        .mark_line(color="#444", strokeDash=[4, 4])
-        .encode(alt.X("x:Q"), alt.Y("x:Q"))
-    )
-    ece = (
-        chosen.transform_calculate(gap="abs(datum.confidence - datum.correct)")
-        .transform_aggregate(gap="sum(gap)", n="sum(n)")
-        .transform_calculate(text="'ECE ' + format(100 * datum.gap / datum.n, '.2f') + ' %'")
-        .mark_text(align="left", fontSize=20, fontWeight="bold")
-        .encode(x=alt.value(14), y=alt.value(24), text="text:N")
-    )
-    chart = alt.layer(accuracy, mean, diagonal, ece).add_params(loss, bins, t).properties(width=300, height=300)
-    return chart_html("reliability", chart, "Reliability diagram: accuracy over confidence, with the ECE")
+
+
+def courses(study: str) -> list[dict]:
+    """Training curves of every loss: mean and, with several seeds, standard deviation.
+
+    Without the first tenth of the epochs, which dwarfs the rest, and of long trainings not every epoch.
+    """
+    history = runs.history(study).query("epoch > 0.1 * epoch.max()")
+    rows = []
+    for loss, table in history.groupby("loss", sort=False):
+        step = -(-table.epoch.nunique() // POINTS)
+        table = table[(table.epoch.max() - table.epoch) % step == 0]
+        for column, name in CURVES.items():
+            by_epoch = table.groupby("epoch")[column]
+            row = {"loss": plots.label(loss), "curve": name, "first": int(table.epoch.min()), "step": step}
+            row["value"], sd = by_epoch.mean(), by_epoch.std()
+            row["sd"] = sd if sd.notna().any() else []
+            rows.append(row | {kind: [_short(value) for value in row[kind]] for kind in ("value", "sd")})
+    return rows
+
+
+def top(study: str, column: str) -> float:
+    """Where a curve's axis ends: above 98 % of its values after the first tenth, and above all of the second half."""
+    history = runs.history(study).query("epoch > 0.1 * epoch.max()")
+    late = history[history.epoch > history.epoch.max() / 2][column]
+    return _short(1.02 * max(history[column].quantile(0.98), late.max()))
+
+
+def _short(value: float) -> float | None:
+    return None if np.isnan(value) else float(f"{value:.4g}")
 
 
 def curves(study: str) -> str:
-    """Training curves of every loss, mean over seeds, without the first tenth of the epochs, which dwarfs the rest."""
-    history = runs.history(study).query("epoch > 0.1 * epoch.max()")
-    table = history.melt(["loss", "seed", "epoch"], list(CURVES), "curve").dropna()
-    table = table.groupby(["loss", "curve", "epoch"], sort=False).value.mean().reset_index().round(5)
-    losses = list(history.loss.unique())
-    table["loss"], table["curve"] = table.loss.map(plots.label), table.curve.map(CURVES)
+    """Training curves of every loss, with a band of one standard deviation where there are several seeds."""
+    losses = runs.losses_and_seeds(study)[0]
     names, looks = [plots.label(loss) for loss in losses], [plots.style(loss) for loss in losses]
     dashes = {"-": [1, 0], "--": [6, 3], "-.": [6, 3, 1, 3], ":": [2, 2]}
-    which = alt.param(
-        "curve", value=CURVES["test_nll"], bind=alt.binding_select(options=list(CURVES.values()), name="Curve ")
-    )
-    single = alt.selection_point(fields=["loss"], bind="legend")
+    first = CURVES["test_nll"]
+    which = alt.param("curve", value=first, bind=alt.binding_select(options=list(CURVES.values()), name="Curve "))
+    single = alt.selection_point(name="single", fields=["loss"], bind="legend")
     only = alt.param("only", value="All", bind=alt.binding_select(options=["All", *names], name="Loss "))
-    data = alt.InlineData(
-        table.to_csv(index=False), format=alt.CsvDataFormat(type="csv", parse={"epoch": "number", "value": "number"})
-    )
     legend = alt.Legend(
-        title=None, orient="bottom", columns=3, symbolSize=200, symbolStrokeWidth=2, symbolType="stroke"
+        title=None,
+        orient="bottom",
+        columns=3,
+        symbolSize=200,
+        symbolStrokeWidth=2,
+        symbolType="stroke",
+        symbolOpacity=1,
     )
-    chart = (
-        alt.Chart(data)
-        .transform_filter(alt.datum.curve == which)
-        .transform_filter((only == "All") | (alt.datum.loss == only))
-        .mark_line(point=alt.OverlayMarkDef(size=14))
-        .encode(
-            alt.X("epoch:Q", title="Epoch", axis=alt.Axis(labelFlush=True)),
-            alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
-            alt.Color("loss:N", scale=alt.Scale(domain=names, range=[look["color"] for look in looks]), legend=legend),
-            alt.StrokeDash(
-                "loss:N", scale=alt.Scale(domain=names, range=[dashes[look["linestyle"]] for look in looks])
-            ),
-            opacity=alt.condition(single, alt.value(1), alt.value(0.08)),
-            tooltip=["loss:N", "epoch:Q", alt.Tooltip("value:Q", format=".4f")],
+    color = alt.Color("loss:N", scale=alt.Scale(domain=names, range=[look["color"] for look in looks]), legend=legend)
+    chosen = (
+        alt.Chart(alt.NamedData("courses"))
+        .transform_filter("datum.curve == curve && (only == 'All' || datum.loss == only)")
+        .transform_calculate(number="sequence(length(datum.value))")
+        .transform_flatten(["number", "value", "sd"])
+        .transform_filter("isValid(datum.value)")
+        .transform_calculate(
+            epoch="datum.first + datum.step * datum.number",
+            low="datum.value - datum.sd",
+            high="datum.value + datum.sd",
         )
-        .add_params(which, only, single)
-        .properties(width="container", height=320, autosize=alt.AutoSizeParams(type="fit-x", contains="padding"))
     )
-    return chart_html("curves", chart, "Training curves of every loss over the epochs")
+    x = alt.X("epoch:Q", title="Epoch", scale=alt.Scale(nice=False, zero=False), axis=alt.Axis(labelFlush=True))
+    tops = json.dumps({name: top(study, column) for column, name in CURVES.items()})
+    y = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False, domainMax=alt.ExprRef(f"({tops})[curve]")))
+    band = chosen.transform_filter("isValid(datum.sd)").mark_area(clip=True)
+    band = band.encode(
+        x,
+        alt.Y("low:Q", title=None),
+        alt.Y2("high:Q"),
+        alt.Color("loss:N"),
+        fillOpacity=alt.condition(single, alt.value(0.15), alt.value(0.02)),
+    )
+    looks = [dashes[look["linestyle"]] for look in looks]
+    line = chosen.mark_line(strokeWidth=1.5, clip=True).encode(
+        x,
+        y,
+        color,
+        alt.StrokeDash("loss:N", scale=alt.Scale(domain=names, range=looks)),
+        opacity=alt.condition(single, alt.value(1), alt.value(0.15)),
+    )
+    tips = ["loss:N", "epoch:Q", alt.Tooltip("value:Q", format=".4f")]
+    points = chosen.mark_point(size=60, opacity=0, filled=True, clip=True).encode(x, y, color, tooltip=tips)
+    rows = courses(study)
+    bands = [band] if any(row["sd"] for row in rows) else []
+    chart = (
+        alt.layer(*bands, line.add_params(single), points, data=alt.NamedData("courses"))
+        .add_params(which, only)
+        .properties(width="container", height=360, autosize=alt.AutoSizeParams(type="fit-x", contains="padding"))
+    )
+    drawing = chart_html("curves", chart, "Training curves of every loss over the epochs")
+    return data_html("courses", rows) + drawing
 
 
 def answer(study: str) -> str:
@@ -223,8 +427,9 @@ def answer(study: str) -> str:
     differences = pd.read_csv(paths.root() / "figures" / study / "10_evidence" / "differences.csv")
     after = differences.query("metric == 'ece' and scaling == 'nll'").verdict
     real = (after != "not distinguishable").sum()
+    seeds = "one seed" if raw.seeds.max() == 1 else f"up to {raw.seeds.max()} seeds"
     return (
-        "as trained, with one seed, the expected calibration error runs from "
+        f"as trained, with {seeds}, the expected calibration error (ECE) runs from "
         f"{with_interval(raw.loc[best])} ({plots.label(best)}) to {with_interval(raw.loc[worst])} "
         f"({plots.label(worst)}). After dividing the logits by one temperature (of lowest validation NLL), all lie "
         f"between {100 * scaled.value.min():.1f} and {100 * scaled.value.max():.1f} %, "
@@ -232,24 +437,52 @@ def answer(study: str) -> str:
     )
 
 
-def notebooks(source: Path, studies: list[str]) -> list[str]:
-    """Copy the executed notebooks into the site's sources; their names there."""
+def counts(group: str) -> str:
+    """The table of published cells, as chapter 13 left it."""
+    return paths.existing(paths.root() / "figures" / group / "13_published_cells" / "counts.md").read_text()
+
+
+def chapters(source: Path, groups: dict[str, str]) -> str:
+    """Copy the executed notebooks into the site's sources; their tables of contents, one for each study or group.
+
+    groups: study -> caption. A chapter's page names its study, unless that is the first; entries do not.
+    """
     found = []
-    for study in studies:
-        folder = paths.study(study) / "notebooks"
+    for study, caption in groups.items():
+        folder, entries = paths.study(study) / "notebooks", []
         for path in sorted(
             [*folder.glob("*.ipynb"), *folder.glob("02_train/cross_entropy-0.ipynb")],
             key=lambda p: p.parent.name if "02" in p.parent.name else p.name,
         ):
             name = f"{study}-{'02_train' if path.parent.name == '02_train' else path.stem}"
             page = nbformat.read(path, 4)
-            if study != studies[0] and (paths.study(study) / "metrics.csv").is_file():
-                page.cells[0].source = page.cells[0].source.replace("# ", f"# {study}: ", 1)
-                note = f"Tables and figures are of `{study}`; what is written about them is of `{studies[0]}`."
-                page.cells[0].source += f"\n\n{note}" if "Reading, for the study" in str(page) else ""
+            heading, _, rest = page.cells[0].source.partition("\n")
+            entries.append(f"{heading.removeprefix('# ')} <{name}>")
+            if study != next(iter(groups)) and (paths.study(study) / "metrics.csv").is_file():
+                heading = heading.replace("# ", f"# {study}: ", 1)
+            page.cells[0].source = f"{heading}\n{rest}\n\n{about(page, study)}"
             nbformat.write(page, source / f"{name}.ipynb")
-            found.append(name)
-    return found
+        if entries:
+            lines = "\n".join(entries)
+            found.append(f'```{{toctree}}\n:caption: "{caption}"\n:maxdepth: 1\n\n{lines}\n```')
+    return "\n\n".join(found)
+
+
+def about(page, study: str) -> str:
+    """A note where a chapter's text is about another study than its tables and figures."""
+    own = [cell.source for cell in page.cells if "parameters" in cell.metadata.get("tags", [])]
+    written = own[0].partition('study = "')[2].partition('"')[0] if own else ""
+    if written in ("", study):
+        return ""
+    return f"Tables and figures are of `{study}`; what is written about them is of `{written}`."
+
+
+def reference() -> str:
+    """A page with every public function and class of focalcal, from its docstrings."""
+    parts = [(HERE / "reference.md").read_text()]
+    for module in sorted(module.name for module in pkgutil.iter_modules(focalcal.__path__)):
+        parts.append(f"## focalcal.{module}\n\n```{{eval-rst}}\n.. automodule:: focalcal.{module}\n   :members:\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def provenance(studies: list[str]) -> str:
@@ -287,27 +520,32 @@ def raw(html: str) -> str:
 
 def build(out: Path) -> None:
     """Build the site into ``out``."""
-    chosen = settings.active()
-    studies = [*chosen["studies"], *chosen["analysed"]]
+    chosen, first = settings.active(), headline()
+    studies = list(dict.fromkeys([first, *chosen["studies"], *chosen["analysed"]]))
     work = paths.root() / "artifacts" / "report"  # MyST-NB leaves copies of the notebooks beside what it builds
     source, built = work / "source", work / "html"
     shutil.rmtree(work, ignore_errors=True)
     source.mkdir(parents=True)
-    for name in ("conf.py", "report.css"):
+    for name in ("conf.py", "report.css", "theme.js"):
         shutil.copy(HERE / name, source)
     repeats = list(settings.params()["active"].get("repeats") or {})
-    names = notebooks(source, [*studies, *chosen["sweeps"], *repeats])
-    note = "The numbers are those of " + " and ".join(f"`{study}`" for study in studies) + "."
+    groups = {study: f"{study}: {title(study)}" for study in studies}
+    groups |= {name: f"{name}: sweep over sizes of training set" for name in chosen["sweeps"]}
+    groups |= {name: f"{name}: their own data and networks" for name in repeats}
+    quick = [f"## The quick study: {title(name)}\n\n{how(name)}\n\n{results(name)}" for name in chosen["studies"]]
     parts = {
-        "answer": answer(studies[0]), "note": note, "study": studies[0], "chapters": "\n".join(names),
-        "table": raw(scripts() + table_html("numbers", numbers(studies), [0, 1, 2, -1])),
-        "cells": raw(table_html("cells", cells(repeats[0]), [0, 1, 2, 3, 4, -2, -1])) if repeats else "None was run.",
-        "reliability": raw(libraries() + reliability(studies[0])), "curves": raw(curves(studies[0])),
+        "answer": answer(first), "study": first, "title": title(first), "how": how(first), "results": results(first),
+        "counts": counts(repeats[0]) if repeats else "None was run.",
+        "cells": raw(table_html("cells", cells(repeats[0]), [0, 1, 2, 3, 4, 7, -1])) if repeats else "",
+        "quick": "\n\n".join(part for name, part in zip(chosen["studies"], quick, strict=True) if name != first),
+        "scripts": raw(scripts(source)), "table": raw(table_html("numbers", numbers(studies), [0, 1, 2, -1])),
+        "reliability": raw(reliability(first)), "curves": raw(curves(first)), "chapters": chapters(source, groups),
     }  # fmt: skip
     page = (HERE / "index.md").read_text()
     for name, text in parts.items():
         page = page.replace("{{ " + name + " }}", text)
     (source / "index.md").write_text(page)
+    (source / "reference.md").write_text(reference())
     (source / "provenance.md").write_text(provenance(studies))
     (source / "downloads.md").write_text(downloads(source))
     if sphinx(["-q", "-b", "html", "-d", str(work / "doctrees"), str(source), str(built)]):

@@ -1,7 +1,10 @@
 """The static site: built from a clone's committed artifacts, and used in a real browser where there is one."""
 
+import importlib
+import inspect
 import json
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -10,14 +13,25 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import yaml
+
+import focalcal
 
 REPOSITORY = Path(__file__).parents[1]
 DEADLINE = 600  # seconds, of a command
 PATIENCE = 60_000  # milliseconds, of a page on a busy machine
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-SHOWS_ECE = """wanted => [...document.querySelectorAll("#chart-reliability svg text")].some(
+HEADLINE = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["active"]["published"][0]
+
+SHOWS_ECE = """([place, wanted]) => [...document.querySelectorAll(`${place} svg text`)].some(
     text => text.textContent.startsWith("ECE") && Math.abs(parseFloat(text.textContent.slice(4)) - wanted) < 0.006)"""
+COLOURS = """id => {
+    const cell = document.querySelector(`#${id} table.dataTable tbody td`), filled = element =>
+        ["transparent", "rgba(0, 0, 0, 0)"].includes(getComputedStyle(element).backgroundColor)
+            ? filled(element.parentElement) : getComputedStyle(element).backgroundColor;
+    const brightness = colour => colour.match(/[0-9.]+/g).slice(0, 3).reduce((sum, part) => sum + Number(part), 0);
+    return [filled(cell), getComputedStyle(cell).color].map(brightness)}"""
 DRAWN_ANEW = "before => document.querySelector('#chart-curves svg').innerHTML !== before"
 
 pytestmark = pytest.mark.whole
@@ -38,7 +52,14 @@ def site(tmp_path_factory):
         where = clone if clone.exists() else folder
         done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, timeout=DEADLINE)
         assert done.returncode == 0, done.stdout + done.stderr
+        assert "WARNING" not in done.stderr, done.stderr
     return site
+
+
+def known_ece(site, loss):
+    """ECE in per cent of the headline study, as chapter 8 left it."""
+    folder = site.with_name("clone") / "figures" / HEADLINE / "08_results" / "metrics"
+    return json.loads((folder / f"{loss}.json").read_text())["ece_percent"]
 
 
 def test_every_link_resolves_and_none_leaves_for_a_script_or_style(site):
@@ -52,12 +73,32 @@ def test_every_link_resolves_and_none_leaves_for_a_script_or_style(site):
                 assert (page.parent / unquote(target)).exists(), f"{page.name}: {target}"
 
 
-def test_the_opening_page_is_small_and_holds_the_numbers(site):
+def test_the_opening_page_is_small_and_leads_with_the_headline_study(site):
     html = (site / "index.html").read_text()
-    assert (site / "index.html").stat().st_size < 3e6
-    assert "The answer, in the default study" in html and "Dual focal" in html and "{{" not in html.split("<script")[0]
+    scripts = [site / source for source in re.findall(r'<script[^>]* src="([^"?]+)', html)]
+    assert len(html.encode()) < 1e6 and sum(path.stat().st_size for path in scripts) + len(html.encode()) < 2.7e6
+    assert "The answer, in the headline study" in html and "{{" not in re.sub(r"(?s)<script.*?</script>", "", html)
+    first, cells, quick = (
+        html.index(f"<h2>{title}") for title in ("The headline study", "The papers", "The quick study")
+    )
+    assert f">{known_ece(site, 'focal3'):.2f}" in html[first:cells]
+    assert ">tree_lstm<" in html[cells:quick] and ">0.95<" in html[quick:]
+    captions = re.findall(r'caption-text">([^<]+)', html)
+    assert captions[0].startswith(f"{HEADLINE}: ") and len(captions) == len(set(captions)) * 2 > 10  # side bar and page
     assert (site / "provenance.html").read_text().count("<tr") > 12
     assert len(list((site / "_downloads").rglob("*.csv"))) > 20
+
+
+def test_the_reference_holds_every_public_function(site):
+    html = (site / "reference.html").read_text()
+    text = " ".join(re.sub(r"<[^>]+>", "", html).split())
+    for module in pkgutil.iter_modules(focalcal.__path__):
+        inside = vars(importlib.import_module(f"focalcal.{module.name}"))
+        for name, thing in inside.items():
+            if (inspect.isfunction(thing) or inspect.isclass(thing)) and thing.__module__ == f"focalcal.{module.name}":
+                assert name.startswith("_") or f'id="focalcal.{module.name}.{name}"' in html, name
+    assert "-(1 - p + p_j)^gamma log p [T, eq. 6]." in text and "|mean probability - share of labels| [H]" in text
+    assert "``" not in text and "Alias for field" not in text
 
 
 @pytest.fixture
@@ -111,7 +152,7 @@ def test_the_table_sorts_and_filters(site, page):
     cells.locator("table.dataTable thead th", has_text="verdict").get_by_role("button", name="Filter").click()
     page.get_by_role("dialog").get_by_role("button", name="match", exact=True).click()
     page.keyboard.press("Escape")
-    verdicts = cells.locator("table.dataTable tbody tr td:nth-last-child(2)").all_inner_texts()
+    verdicts = cells.locator(column.format(8)).all_inner_texts()
     assert len(verdicts) > 3 and set(verdicts) == {"match"}
 
 
@@ -119,21 +160,57 @@ def test_the_controls_move_the_figures(site, page):
     from playwright.sync_api import expect
 
     open_index(page, site)
-    ece = page.locator("#chart-reliability svg text", has_text="ECE")
+    ece, temperature = page.locator("#reliability-1 svg text", has_text="ECE"), page.locator("#temperature")
     before = ece.text_content()
-    page.locator("#chart-reliability input[type=range]").fill("2.5")
+    temperature.fill("2.5")
     expect(ece).not_to_have_text(before)
     scaled = ece.text_content()
     assert float(scaled.split()[1]) < float(before.split()[1])
-    page.locator("#chart-reliability select").first.select_option("FLSD-53")
+    page.locator("#loss-1").select_option("FLSD-53")
     expect(ece).not_to_have_text(scaled)
-    page.locator("#chart-reliability select").first.select_option("Focal, γ = 3")
-    page.locator("#chart-reliability input[type=range]").fill("1")
-    known = json.loads((site.with_name("clone") / "figures/fashion/08_results/metrics/focal3.json").read_text())
-    page.wait_for_function(SHOWS_ECE, arg=known["ece_percent"])
+    page.locator("#loss-1").select_option("Focal, γ = 3")
+    temperature.fill("1")
+    page.wait_for_function(SHOWS_ECE, arg=["#reliability-1", known_ece(site, "focal3")])
     lines = page.locator("#chart-curves svg").inner_html()
     page.locator("#chart-curves select").first.select_option("Test ECE")
     page.wait_for_function(DRAWN_ANEW, arg=lines)
+
+
+def test_a_second_loss_stands_beside_the_first(site, page):
+    from playwright.sync_api import expect
+
+    open_index(page, site)
+    one, other, column = (
+        page.locator("#reliability-1"),
+        page.locator("#reliability-2"),
+        page.locator("#chart-reliability"),
+    )
+    expect(other).to_be_hidden()
+    assert one.locator("svg").bounding_box()["width"] > 0.95 * column.bounding_box()["width"]
+    page.locator("#loss-2").select_option("AdaFocal")
+    page.wait_for_function(SHOWS_ECE, arg=["#reliability-2", known_ece(site, "adafocal")])
+    page.wait_for_function(SHOWS_ECE, arg=["#reliability-1", known_ece(site, "cross_entropy")])
+    expect(one.locator("svg text", has_text="confident by")).to_have_text(
+        re.compile("^over-confident by [0-9.]+ points$")
+    )
+    left, right = (place.locator("svg").bounding_box() for place in (one, other))
+    assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"] + 1
+    samples = one.locator("svg .mark-text text", has_text=re.compile("^[0-9]+$")).all_text_contents()
+    assert sum(map(int, samples)) == 10_000
+    page.locator("#loss-2").select_option("none")
+    expect(other).to_be_hidden()
+
+
+@pytest.mark.parametrize(("scheme", "chosen"), [("dark", "auto"), ("dark", "light"), ("light", "dark")])
+def test_tables_follow_the_theme(site, page, scheme, chosen):
+    page.emulate_media(color_scheme=scheme)
+    open_index(page, site)
+    page.evaluate("chosen => document.body.dataset.theme = chosen", chosen)
+    dark = "dark" in (chosen, scheme if chosen == "auto" else "")
+    background, text = page.evaluate(COLOURS, "table-numbers")  # each the sum of red, green and blue
+    assert background < 150 and text > 500 if dark else background > 600 > text
+    icons = page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--dtcc-button-icon_color')")
+    assert ("white" in icons) == dark
 
 
 def test_the_keyboard_suffices(site, page):
