@@ -210,3 +210,33 @@ def test_a_difference_counts_the_seeds_that_both_have():
     one, other = random.normal(size=(2, 50)), random.normal(size=(3, 50))
     short = evidence.difference([1.0, 2.0], [1.5, 2.7], one, other[:2])
     assert evidence.difference([1.0, 2.0], [1.5, 2.7, 9.0], one, other) == short
+
+    values["near"], draws["near"] = np.array([0.105, 0.9]), np.vstack([draws["near"], draws["near"]])
+    values["good"], draws["good"] = np.append(values["good"], 0.10), np.vstack([draws["good"], draws["good"]])
+    assert evidence.best_and_tied(values, draws)[0] == "good"  # with one seed of "bad", two of the others
+
+
+def test_a_resampled_auroc_is_that_of_the_samples_drawn():
+    rng = np.random.default_rng(2)
+    near, far = rng.normal(size=(300, 4)).round(1), 0.7 * rng.normal(size=(80, 4)).round(1)  # rounded: with ties
+    near[:40], far[:10] = 0, 0
+    counts = [evidence.resamples(len(logits), 4, seed) for seed, logits in enumerate((near, far))]
+    for score in ("entropy", "confidence"):
+        scores = [evidence.strangeness(logits, score) for logits in (near, far)]
+        again = [
+            [np.repeat(x, n[row].astype(int), axis=0) for x, n in zip((near, far), counts, strict=True)]
+            for row in range(4)
+        ]
+        expected = [metrics.auroc(*pair, score) for pair in again]
+        assert evidence.resampled_auroc(*scores, *counts) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_interval_of_an_auroc_is_that_of_theory():
+    """Scores without ties: DeLong's standard error, from the spread of each sample's share of pairs won."""
+    rng = np.random.default_rng(3)
+    near, far = rng.normal(size=900), 0.8 + rng.normal(size=300)
+    won = far[:, None] > near
+    error = np.sqrt(won.mean(axis=0).var(ddof=1) / 900 + won.mean(axis=1).var(ddof=1) / 300)
+    drawn = evidence.resampled_auroc(near, far, evidence.resamples(900, seed=0), evidence.resamples(300, seed=1))
+    low, high = evidence.interval(won.mean(), drawn, "auroc")
+    assert (low, high) == pytest.approx((won.mean() - 1.645 * error, won.mean() + 1.645 * error), abs=0.1 * error)

@@ -24,6 +24,7 @@ DISTORTIONS = {
     "matrix": lambda z: z @ np.linalg.inv(MIXED),
     "isotonic": lambda z: 3 * z,
     "histogram": lambda z: 3 * z,
+    "top_label": lambda z: 3 * z,
 }
 
 
@@ -34,7 +35,8 @@ def test_each_method_undoes_the_distortion_it_is_made_for(method):
     fixed = apply(logits)
     assert np.exp(fixed).sum(axis=1) == pytest.approx(1)
     rough = method in ("isotonic", "histogram")  # one class against the rest cannot undo it exactly
-    assert metrics.nll(fixed, labels) == pytest.approx(metrics.nll(z, labels), abs=0.06 if rough else 0.003)
+    if method != "top_label":  # of the other classes, it leaves the proportions as they are
+        assert metrics.nll(fixed, labels) == pytest.approx(metrics.nll(z, labels), abs=0.06 if rough else 0.003)
     assert metrics.ece(fixed, labels) < (0.03 if rough else 0.02) < 0.1 < metrics.ece(logits, labels)
 
 
@@ -74,6 +76,41 @@ def test_isotonic_and_histogram_by_hand():
     # two bins: for either class up to the third smallest probability (share 1/3), and the largest (share 1)
     halves = np.exp(posthoc.histogram(logits, labels, bins=2)(logits))[:, 0]
     assert halves == pytest.approx([1 / (1 + 1 / 3), 1 / 2, 1 / 2, 1 / 3 / (1 + 1 / 3)])
+
+
+def test_top_label_binning_by_hand():
+    """Confidences 0.5, 0.6, 0.7 and 0.9 in two bins, cut at the third: one of three is right, and one of one."""
+    probs = np.array([[0.5, 0.3, 0.2], [0.2, 0.6, 0.2], [0.1, 0.2, 0.7], [0.9, 0.06, 0.04]])
+    labels = np.array([1, 1, 0, 0])
+    third, apply = 1 / 3, posthoc.top_label(np.log(probs), labels, bins=2)
+    # Of the rest, 2/3, the first sample's other classes would get 3/5 and 2/5, and the runner-up would overtake with
+    # 0.4; at 1/3 all three are level. The last says 1 - 1e-12 at most.
+    fixed = np.exp(apply(np.log(probs)))
+    assert fixed[:3] == pytest.approx(np.full((3, 3), third), abs=1e-5)
+    assert fixed[3] == pytest.approx([1, 0, 0], abs=1e-9)
+    labels = np.array([0, 1, 0, 1])  # two of three, and none of one: lifted to 1/3
+    fixed = np.exp(posthoc.top_label(np.log(probs), labels, bins=2)(np.log(probs)))
+    assert fixed[0] == pytest.approx([2 / 3, third * 0.3 / 0.5, third * 0.2 / 0.5])
+    assert fixed[2] == pytest.approx([third * 0.1 / 0.3, third * 0.2 / 0.3, 2 / 3])
+    assert fixed[3] == pytest.approx([third] * 3, abs=1e-5)
+    # accuracy 0.5 in one bin, and a runner-up with 0.64 of 0.66: half of the rest is its due, so it ends just below
+    z = np.log([[0.34, 0.33 * 0.98, 0.33 * 1.02]])
+    fixed = np.exp(posthoc.top_label(np.log(probs), np.array([0, 1, 0, 1]), bins=1)(z))
+    assert fixed[0] == pytest.approx([0.5, 0.5 * 0.49, 0.5 * 0.51])
+
+
+@pytest.mark.parametrize("masked", [(), (2,)])
+def test_top_label_binning_keeps_predictions_and_says_the_accuracy_of_its_bin(masked):
+    logits, labels, _ = drawn(400, 5, lambda z: 20 * z)  # so sure that a probability of 1 leaves nothing to share
+    logits[:3] *= 10
+    labels = np.where(np.arange(400) % 3 == 0, (labels + 1) % 4, labels)  # and often wrong
+    fixed = posthoc.fit("top_label", logits, labels, masked)(logits)
+    assert (metrics.predictions(fixed, masked) == metrics.predictions(logits, masked)).all()
+    assert np.exp(fixed).sum(axis=1) == pytest.approx(1)
+    confidence, correct = metrics.confidence_correct(fixed, labels, masked)
+    assert 3 < len(set(confidence.round(5))) <= metrics.BINS
+    for value in set(confidence.round(5)):  # at least 1 / 4, to stay the largest of four
+        assert value == pytest.approx(max(1 / 4, correct[confidence.round(5) == value].mean()), abs=1e-4)
 
 
 def test_matrix_scaling_with_a_class_that_validation_lacks():

@@ -127,7 +127,8 @@ def best_and_tied(values: dict, draws: dict) -> tuple[str, list[str]]:
     """The name with the lowest mean, and those that are not distinguishable from it.
 
     Of all pairs, since it is the same data that choose the best: paired differences, corrected for their number.
-    values: name -> (S,), a value per seed; draws: name -> (S, resamples).
+    values: name -> (S,), a value per seed; draws: name -> (S, resamples). Where S differs, a pair has the seeds that
+    come first in both.
     """
     best, pairs = min(values, key=lambda name: np.mean(values[name])), list(combinations(values, 2))
     found = [difference(values[one], values[other], draws[one], draws[other]) for one, other in pairs]
@@ -251,3 +252,24 @@ def risk_coverage(confidence, correct) -> tuple[np.ndarray, np.ndarray]:
     last = np.searchsorted(-confidence[order], -confidence[order], "right")
     bad = np.concatenate([[0], np.cumsum(~np.asarray(correct, bool)[order])])
     return last / len(order), bad[last] / last
+
+
+def strangeness(logits, score: str = "entropy") -> np.ndarray:
+    """What metrics.auroc compares, (N,): the entropy of the softmax in nats, or, for 'confidence', less its largest
+    log-probability."""
+    log_probs = metrics.log_softmax(np.asarray(logits, np.float64))
+    return -log_probs.max(axis=1) if score == "confidence" else -(np.exp(log_probs) * log_probs).sum(axis=1)
+
+
+def resampled_auroc(in_scores, out_scores, in_counts, out_counts) -> np.ndarray:
+    """The AUROC on every pair of resamples, (resamples,), as a mean of weighted ranks; ties count half.
+
+    in_scores (N,), out_scores (M,): strangeness of the two sets; in_counts (resamples, N), out_counts (resamples, M):
+    see resamples.
+    """
+    order, drawn = np.argsort(in_scores), np.zeros((len(in_scores) + 1, len(in_counts)), np.float32)
+    np.cumsum(in_counts.T[order], axis=0, out=drawn[1:])  # of the lowest 0, 1 ... N, how many; whole numbers, so exact
+    left, right = (np.searchsorted(in_scores[order], out_scores, side) for side in ("left", "right"))
+    below = drawn[left] if (left == right).all() else (drawn[left] + drawn[right]) / 2
+    won = np.einsum("or,or->r", below, out_counts.T, dtype=np.float64)
+    return won / len(in_scores) / len(out_scores)

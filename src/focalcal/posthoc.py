@@ -2,7 +2,8 @@
 
 ``fit(method, logits, labels)`` returns a function from logits (N, K) to calibrated log-probabilities (N, K), float64,
 which every function of ``metrics`` takes as logits. Sources: [G] Guo et al., ICML 2017; [M] Mukhoti et al., NeurIPS
-2020; [Z] Zadrozny and Elkan, ICML 2001 and KDD 2002; [K] Komisarenko and Kull, ECAI 2024.
+2020; [Z] Zadrozny and Elkan, ICML 2001 and KDD 2002; [K] Komisarenko and Kull, ECAI 2024; [R] Gupta and Ramdas, ICLR
+2022, "Top-label calibration and multiclass-to-binary reductions".
 """
 
 import numpy as np
@@ -99,6 +100,37 @@ def histogram(logits, labels, bins: int = metrics.BINS):
     return apply
 
 
+def top_label(logits, labels, masked=(), bins: int = metrics.BINS):
+    """The confidence becomes the accuracy of its bin, of equal mass; the other classes share the rest as before [R].
+
+    All predicted classes share the bins (confidence calibration in [R], which also bins each predicted class alone; a
+    thousand samples are few for that). Predictions stay: where the runner-up would overtake, the rest is mixed with
+    equal shares, just enough to leave it a hair behind; an accuracy below 1/K is lifted a hair above it.
+    """
+    classes, hair = logits.shape[1], 1 + 1e-6
+
+    def top(z):
+        is_top = np.arange(classes) == metrics.predictions(z, masked)[:, None]
+        return is_top, np.exp(metrics.log_softmax(z))[is_top]
+
+    is_top, confidence = top(logits)
+    edges = metrics.equal_mass_edges(confidence, bins)
+    count, _, right = metrics.bin_sums(confidence, is_top[np.arange(len(labels)), labels], edges)
+    accuracy = np.maximum(right / np.maximum(count, 1), hair / classes)
+
+    def apply(z):
+        is_top, confidence = top(z)
+        said = accuracy[metrics.bin_index(confidence, edges)][:, None]
+        rest = np.exp(metrics.log_softmax(np.where(is_top, -np.inf, z)))  # each other class's share of what is left
+        rival = np.delete(rest, list(masked), axis=1).max(axis=1, keepdims=True)
+        most = said / np.maximum(1 - said, TINY) / hair  # the share at which a class would draw level
+        mixed = np.where(rival > most, (rival - most) / np.maximum(rival - 1 / (classes - 1), TINY), 0)
+        rest = (1 - mixed) * rest + mixed / (classes - 1)
+        return _log(np.where(is_top, said, (1 - said) * rest))
+
+    return apply
+
+
 def _focal_map(log_probs: np.ndarray, gamma: float) -> np.ndarray:
     """log of p / g(p, gamma), scaled to sum 1: what a minimiser of the focal loss should have said [K; Charoenphakdee
     et al. 2021], g being calibrate.gradient_factor."""
@@ -130,6 +162,7 @@ METHODS = {  # the order of tables
     "matrix": matrix,
     "isotonic": isotonic,
     "histogram": histogram,
+    "top_label": top_label,
 }
 
 
@@ -138,5 +171,5 @@ def fit(method: str, logits, labels, masked=()):
     if method not in METHODS:
         raise ValueError(f"Unknown method '{method}'; choose one of: {', '.join(METHODS)}.")
     logits, labels = metrics.check(logits, labels)
-    apply = METHODS[method](logits, labels, *([masked] if method == "temperature_ece" else []))
+    apply = METHODS[method](logits, labels, *([masked] if method in ("temperature_ece", "top_label") else []))
     return lambda z: apply(np.asarray(z, np.float64))
