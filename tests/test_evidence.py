@@ -211,10 +211,6 @@ def test_a_difference_counts_the_seeds_that_both_have():
     short = evidence.difference([1.0, 2.0], [1.5, 2.7], one, other[:2])
     assert evidence.difference([1.0, 2.0], [1.5, 2.7, 9.0], one, other) == short
 
-    values["near"], draws["near"] = np.array([0.105, 0.9]), np.vstack([draws["near"], draws["near"]])
-    values["good"], draws["good"] = np.append(values["good"], 0.10), np.vstack([draws["good"], draws["good"]])
-    assert evidence.best_and_tied(values, draws)[0] == "good"  # with one seed of "bad", two of the others
-
 
 def test_a_resampled_auroc_is_that_of_the_samples_drawn():
     rng = np.random.default_rng(2)

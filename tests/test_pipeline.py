@@ -13,7 +13,7 @@ from tiny import COMPENDIUM, call, parameters, repository, write_parameters
 
 LOSSES = ["cross_entropy", "focal1", "adafocal"]
 CHAPTERS = ["04_nll_divergence", "05_weight_norms", "06_gamma_selection", "07_reliability", "08_results"]
-CHAPTERS += ["09_out_of_distribution", "10_evidence", "11_calibratability"]
+CHAPTERS += ["09_out_of_distribution", "10_evidence", "11_calibratability", "15_selective_prediction"]
 ELSEWHERE = """
 from compendium import prepare, publish, trainings
 for study in ("small", "large"):

@@ -14,7 +14,7 @@ import numpy as np
 from compendium import notebook, paths, settings
 from focalcal import metrics
 
-CHAPTERS = ("03_scale", "07_reliability", "08_results", "10_evidence", "11_calibratability")
+CHAPTERS = ("03_scale", "07_reliability", "08_results", "10_evidence", "11_calibratability", "15_selective_prediction")
 ARRAYS = ("val_logits", "val_labels", "test_logits", "test_labels")
 FEWEST = 200  # samples of a split: fewer say nothing about fifteen bins
 

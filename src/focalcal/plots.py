@@ -166,19 +166,21 @@ def paired_bars(ax, names, before, after, colors, ylabel: str) -> None:
     ax.legend(handles=handles, ncols=2, loc="upper center")
 
 
-def verdict_map(ax, losses, pairs) -> None:
+def verdict_map(ax, losses, pairs, factor: float = 1) -> None:
     """A square of losses: blue where the row's is better than the column's, red where worse, grey undecided.
 
-    pairs: rows with columns one, other, verdict (of one against other) and fragile (marked with a question mark).
+    pairs: rows with columns one, other, difference and verdict (of one against other) and fragile (marked with a
+    question mark). The differences, row minus column times ``factor``, are written into the squares.
     """
-    colors = {"worse": "#CC6677", "not distinguishable": "#DDDDDD", "better": "#4477AA"}
+    colors = {"worse": "#CC6677", "not distinguishable": "#EEEEEE", "better": "#4477AA"}
     sign, grid = {"better": 1, "worse": -1}, np.full((len(losses), len(losses)), np.nan)
     for row in pairs.itertuples():
         i, j = losses.index(row.one), losses.index(row.other)
-        grid[i, j], grid[j, i] = sign.get(row.verdict, 0), -sign.get(row.verdict, 0)
-        if row.fragile:
-            for x, y in ((j, i), (i, j)):
-                ax.text(x, y, "?", color="white", ha="center", va="center", fontsize=8)
+        value = sign.get(row.verdict, 0)
+        grid[i, j], grid[j, i] = value, -value
+        for x, y, gap in ((j, i, row.difference), (i, j, -row.difference)):
+            text, ink = f"{factor * gap:+.1f}" + "?" * row.fragile, "white" if value else "#777777"
+            ax.text(x, y, text, color=ink, ha="center", va="center", fontsize=7)
     ax.imshow(grid, cmap=matplotlib.colors.ListedColormap(list(colors.values())), vmin=-1, vmax=1)
     for name, color in reversed(colors.items()):
         ax.plot([], [], "s", color=color, label=f"row {name}")
