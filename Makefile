@@ -26,10 +26,13 @@ results: data
 		python -m compendium grid run 'train@*')
 	$(call timed,Analyses: every other stage (two cores: about three minutes),dvc repro)
 	@echo
+	@echo "Trained here, 30 epochs:"
 	@cat figures/fashion/08_results/results.md
+	@echo "Published, the papers' 350 epochs, analysed here:"
+	@cat figures/fashion-350/08_results/results.md
 	@echo
-	@echo "Figures and tables:   figures/      (the table above: figures/fashion/08_results)"
-	@echo "Executed notebooks:   artifacts/fashion/notebooks/   (open them with: make lab)"
+	@echo "Figures and tables:   figures/      (the tables above: 08_results of figures/fashion and fashion-350)"
+	@echo "Executed notebooks:   artifacts/fashion-350/notebooks/   (open them with: make lab)"
 	@echo "All in one page:      make report, then site/index.html"
 	@echo "What to make of it:   README.md"
 

@@ -191,7 +191,7 @@ def test_notebooks_are_chapters(path):
 
 
 @pytest.mark.parametrize(
-    "name", ["fashion/08_results/results", "papers/13_published_cells/counts", "papers/13_published_cells/ran"]
+    "name", ["fashion-350/08_results/results", "papers/13_published_cells/counts", "papers/13_published_cells/ran"]
 )
 def test_the_readme_shows_the_committed_tables(name):
     command = ["git", "show", f"HEAD:figures/{name}.md"]
