@@ -76,8 +76,8 @@ def fill(artifacts: Path, folder: Path) -> None:
     """Give every notebook of ``folder`` the outputs of its executed copy under ``artifacts``.
 
     Of several copies it is the one that ran with the notebook's own parameters. Pictures are cut down to 128 colours,
-    which takes half of their bytes or less. ValueError, and no notebook changed, if there is no such copy or the notebook
-    has been edited since.
+    which takes half of their bytes or less. ValueError, and no notebook changed, if there is no such copy or if the
+    notebook has been edited since.
     """
     filled = {}
     for path in sorted(Path(folder).glob("*.ipynb")):
