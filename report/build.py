@@ -41,9 +41,10 @@ OVER, UNDER = "over-confident", "under-confident"
 
 
 def headline() -> str:
-    """The study that leads: the first of active.published; of active.studies, if no published one is analysed."""
+    """The study that leads: active.headline, or the first of active.studies, if that is not analysed."""
     chosen = settings.active()
-    return next((name for name in chosen["published"] if name in chosen["analysed"]), chosen["studies"][0])
+    named = settings.params()["active"].get("headline")
+    return named if named in chosen["analysed"] else chosen["studies"][0]
 
 
 def title(study: str) -> str:

@@ -110,7 +110,7 @@ def test_a_reader_chooses_one_loss_at_the_top_of_a_chapter(copy):
     for chapter in CHAPTERS:
         opened = nbformat.read(copy / "notebooks" / f"{chapter}.ipynb", 4)
         cell = next(cell for cell in opened.cells if "parameters" in cell.metadata.get("tags", []))
-        assert cell.source.startswith('study = "fashion"\nonly = []')
+        assert cell.source.startswith('study = "fashion-350"\nonly = []')
         cell.source = 'study = "tiny"\nonly = ["adafocal"]'
         nbformat.write(opened, copy / "opened" / f"{chapter}.ipynb")
     call(copy, sys.executable, "-c", OPENED, *CHAPTERS)

@@ -22,7 +22,7 @@ DEADLINE = 600  # seconds, of a command
 PATIENCE = 60_000  # milliseconds, of a page on a busy machine
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-HEADLINE = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["active"]["published"][0]
+HEADLINE = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["active"]["headline"]
 
 SHOWS_ECE = """([place, wanted]) => [...document.querySelectorAll(`${place} svg text`)].some(
     text => text.textContent.startsWith("ECE") && Math.abs(parseFloat(text.textContent.slice(4)) - wanted) < 0.006)"""

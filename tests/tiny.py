@@ -20,7 +20,7 @@ def parameters(losses: list[str], seeds: int = 1, exceptions=None, more_losses=N
     exceptions: the study's; more_losses: further entries of shared.losses.
     """
     values = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
-    active = {"studies": ["tiny"], "published": [], "analysed": [], "sweeps": {}, "repeats": {}}
+    active = {"headline": "tiny", "studies": ["tiny"], "published": [], "analysed": [], "sweeps": {}, "repeats": {}}
     values["active"] = active | {"losses": losses, "seeds": list(range(seeds))}
     values["shared"]["losses"] |= more_losses or {}
     values["studies"]["tiny"] = {
