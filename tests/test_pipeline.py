@@ -46,7 +46,7 @@ def stages_that_ran(output: str) -> list[str]:
 
 def test_repro_makes_everything_and_then_nothing(copy):
     ran = stages_that_ran(call(copy, "dvc", "repro"))
-    assert ran[-8:] == [f"analyse@tiny-{chapter}" for chapter in CHAPTERS] and len(ran) == 14
+    assert ran[6:] == [f"analyse@tiny-{chapter}" for chapter in CHAPTERS]
     study, figures = copy / "artifacts" / "tiny", copy / "figures" / "tiny"
     for loss in LOSSES:
         assert len(pd.read_csv(study / "runs" / loss / "0" / "history.csv")) == 3
