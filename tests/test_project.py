@@ -186,7 +186,7 @@ def test_notebooks_are_chapters(path):
     prose = " ".join(cell.source for cell in cells if cell.cell_type == "markdown")
     assert cells[0].source.startswith("# ") and "Reading" in prose and "**Different from the paper" in prose
     assert [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])] == code[:1]
-    assert max(cell.source.count("\n") + 1 for cell in code) <= 21
+    assert max(cell.source.count("\n") + 1 for cell in code) <= 15
     assert not re.search(r"^class |/home/|/tmp/|\.\./", "\n".join(cell.source for cell in code), re.M)
 
 

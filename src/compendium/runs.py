@@ -69,6 +69,22 @@ def curves(history: pd.DataFrame, column: str, how: str = "mean") -> pd.DataFram
     return history.pivot_table(column, "epoch", "loss", aggfunc=how, sort=False).reindex(columns=history.loss.unique())
 
 
+def training_side(study: str, only=()) -> pd.DataFrame:
+    """Overconfidence, mean confidence less accuracy, when a training ends: train, test and gap, their difference.
+
+    A row per loss and seed. Histories of older code have no mean confidence; minus the ECE of the training set stands
+    in: the same where every bin is right more often than it says. only: as for ``pairs``.
+    """
+    ends = history(study, only).groupby(["loss", "seed"], sort=False).last()
+    if "train_confidence" in ends:
+        table = pd.DataFrame({s: ends[f"{s}_confidence"] - 1 + ends[f"{s}_error"] for s in ("train", "test")})
+    else:
+        tested = metrics(study, only).query("split == 'test' and scaling == 'none'")
+        tested = tested.pivot_table("value", ["loss", "seed"], "metric", sort=False)
+        table = pd.DataFrame({"train": -ends.train_ece, "test": tested.confidence - 1 + tested.error}, index=ends.index)
+    return table.assign(gap=table.test - table.train)
+
+
 def logits(study: str, loss: str, seed: int) -> dict[str, tuple]:
     """Checked (logits, labels, masked) of the val and test split, as every metric takes them; see focalcal.metrics."""
     path = paths.run(study, loss, seed) / "logits.npz"
