@@ -1,4 +1,4 @@
-# make results    environment, data, trainings, analyses; ends with the table     make test      the quick tests
+# make results    environment, data, trainings, analyses; ends with two tables     make test      the quick tests
 # make everything all that dvc repro can make anew                              make test-all  whole runs, too (docs)
 # make artifacts  the committed results' histories, logits and notebooks, without training
 # make lab        JupyterLab on the notebooks     make report   a static site in site/ of what results or artifacts left
@@ -9,6 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+HEADLINE := $(shell sed -n 's/^  headline: \([^ ]*\).*/\1/p' params.yaml)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 # A file's tests share what they have made, so they stay together.
@@ -24,15 +25,16 @@ endef
 results: data
 	$(call timed,Trainings: one for each loss and as many at once as there are cores (two cores: 5 to 20 minutes),\
 		python -m compendium grid run 'train@*')
-	$(call timed,Analyses: every other stage (two cores: about three minutes),dvc repro)
+	$(call timed,Analyses of what was trained and of the headline study (two cores: three to eight minutes),\
+		dvc repro --glob 'analyse@*' 'analyse-published@$(HEADLINE)-*')
 	@echo
 	@echo "Trained here, 30 epochs:"
 	@cat figures/fashion/08_results/results.md
 	@echo "Published, the papers' 350 epochs, analysed here:"
-	@cat figures/fashion-350/08_results/results.md
+	@cat figures/$(HEADLINE)/08_results/results.md
 	@echo
-	@echo "Figures and tables:   figures/      (the tables above: 08_results of figures/fashion and fashion-350)"
-	@echo "Executed notebooks:   artifacts/fashion-350/notebooks/   (open them with: make lab)"
+	@echo "Figures and tables:   figures/      (the tables above: 08_results of figures/fashion and $(HEADLINE))"
+	@echo "Executed notebooks:   artifacts/$(HEADLINE)/notebooks/   (open them with: make lab)"
 	@echo "All in one page:      make report, then site/index.html"
 	@echo "What to make of it:   README.md"
 
