@@ -218,7 +218,7 @@ def test_a_resampled_auroc_is_that_of_the_samples_drawn():
     near[:40], far[:10] = 0, 0
     counts = [evidence.resamples(len(logits), 4, seed) for seed, logits in enumerate((near, far))]
     for score in ("entropy", "confidence"):
-        scores = [evidence.strangeness(logits, score) for logits in (near, far)]
+        scores = [metrics.strangeness(logits, score) for logits in (near, far)]
         again = [
             [np.repeat(x, n[row].astype(int), axis=0) for x, n in zip((near, far), counts, strict=True)]
             for row in range(4)

@@ -47,13 +47,21 @@ def test_without_most_of_the_padding_the_features_are_the_same():
     assert torch.allclose(seen, padded[1:2], atol=1e-6)
 
 
+def test_documents_shorter_than_a_feature():
+    with pytest.raises(ValueError, match="Documents of 20 positions; the network needs 21 or more"):
+        GlobalPoolCNN(20, words(50)).features(documents([3], longest=20))
+
+
 def test_a_feature_sees_21_positions():
     model, tokens = GlobalPoolCNN(20, words(50)).eval(), documents([60], longest=60)
     first, second, third = model.convolutions
     x = torch.nn.functional.embedding(tokens, model.embedding).transpose(1, 2).requires_grad_()
-    once = torch.nn.functional.max_pool1d(first(x).relu(), 5, stride=1)
-    twice = torch.nn.functional.max_pool1d(second(once).relu(), 5, stride=1)
-    third(twice)[0, :, 20].sum().backward()
+    conv1d = torch.nn.functional.conv1d  # as the papers have it
+    once = torch.nn.functional.max_pool1d(conv1d(x, first.weight[:, :, 0], first.bias).relu(), 5, stride=1)
+    twice = torch.nn.functional.max_pool1d(conv1d(once, second.weight[:, :, 0], second.bias).relu(), 5, stride=1)
+    thrice = conv1d(twice, third.weight[:, :, 0], third.bias).relu()
+    assert torch.allclose(thrice.amax(dim=2), model.features(tokens), atol=1e-6)
+    thrice[0, :, 20].sum().backward()
     touched = x.grad.abs().sum(dim=(0, 1)).nonzero()[:, 0]
     assert touched.min() >= 20 and touched.max() <= 20 + RECEPTIVE_FIELD - 1
 

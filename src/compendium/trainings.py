@@ -23,18 +23,8 @@ from focalcal import calibrate, devices, feed, losses, metrics, networks, optimi
 from focalcal.feed import Images, Split
 from focalcal.train import Run, Training
 
-CODE = (
-    calibrate,
-    checkpoints,
-    devices,
-    feed,
-    losses,
-    metrics,
-    networks,
-    optimizers,
-    text,
-    train,
-)  # and this module: what decides a result
+# With this module, what decides a result.
+CODE = calibrate, checkpoints, devices, feed, losses, metrics, networks, optimizers, text, train
 
 
 class Job(NamedTuple):
@@ -88,14 +78,14 @@ def complete(jobs: list[Job], runs: list[Run], data: dict[str, Split], prepared:
             save(job, run, predictions(run, data), shifted, time.perf_counter() - begun)
 
 
-def progress(rows, done: int, epochs: int, images: int, label: str):
-    """Pass train_together's rows on while showing the first run's epoch, loss, error, images/s and time left."""
+def progress(rows, done: int, epochs: int, samples: int, label: str):
+    """Pass train_together's rows on while showing the first run's epoch, loss, error, samples/s and time left."""
     bar = tqdm(rows, label, epochs, initial=done, file=sys.stderr, unit="epoch", mininterval=1, dynamic_ncols=True)
     last = time.perf_counter()
     for row in bar:
         now = time.perf_counter()
         shown = {"loss": f"{row[0]['train_loss']:.3f}", "val error": f"{row[0]['val_error']:.1%}"}
-        bar.set_postfix(shown | {"images/s": f"{images / max(now - last, 1e-3):,.0f}"}, refresh=False)
+        bar.set_postfix(shown | {"samples/s": f"{samples / max(now - last, 1e-3):,.0f}"}, refresh=False)
         last = now
         yield row
 

@@ -254,13 +254,6 @@ def risk_coverage(confidence, correct) -> tuple[np.ndarray, np.ndarray]:
     return last / len(order), bad[last] / last
 
 
-def strangeness(logits, score: str = "entropy") -> np.ndarray:
-    """What metrics.auroc compares, (N,): the entropy of the softmax in nats, or, for 'confidence', less its largest
-    log-probability."""
-    log_probs = metrics.log_softmax(np.asarray(logits, np.float64))
-    return -log_probs.max(axis=1) if score == "confidence" else -(np.exp(log_probs) * log_probs).sum(axis=1)
-
-
 def resampled_auroc(in_scores, out_scores, in_counts, out_counts) -> np.ndarray:
     """The AUROC on every pair of resamples, (resamples,), as a mean of weighted ranks; ties count half.
 

@@ -171,20 +171,23 @@ def _classwise(probs: np.ndarray, labels: np.ndarray, bins: int) -> float:
     return float(np.abs(residual[:, :classes]).sum() / len(labels) / classes)
 
 
+def strangeness(logits, score: str = "entropy") -> np.ndarray:
+    """What ``auroc`` compares, (N,): the entropy of the softmax in nats, or, for 'confidence', less its largest
+    log-probability."""
+    log_probs = log_softmax(np.asarray(logits, np.float64))
+    return -log_probs.max(axis=1) if score == "confidence" else -(np.exp(log_probs) * log_probs).sum(axis=1)
+
+
 def auroc(in_logits, out_logits, score: str = "entropy") -> float:
-    """Chance that a sample from elsewhere scores higher than one of the test set, ties counting half.
+    """Chance that a sample from elsewhere is stranger than one of the test set, ties counting half.
 
     As in Mukhoti et al. 2020, sec. 5. in_logits (N, K): of the distribution trained on; out_logits (M, K): of another;
-    score: entropy of the softmax, or 'confidence' (its largest value, less of it scoring higher).
+    score: of ``strangeness``.
     """
     from sklearn.metrics import roc_auc_score
 
-    def scores(logits):
-        log_probs = log_softmax(np.asarray(logits, np.float64))
-        return -log_probs.max(axis=1) if score == "confidence" else -(np.exp(log_probs) * log_probs).sum(axis=1)
-
     is_out = np.repeat([0, 1], [len(in_logits), len(out_logits)])
-    return float(roc_auc_score(is_out, np.concatenate([scores(in_logits), scores(out_logits)])))
+    return float(roc_auc_score(is_out, np.concatenate([strangeness(in_logits, score), strangeness(out_logits, score)])))
 
 
 def calibration_errors(logits, labels, masked=(), bins: int = BINS) -> dict[str, float]:

@@ -23,16 +23,22 @@ class GlobalPoolCNN(nn.Module):
     def __init__(self, num_classes: int, embedding: Tensor):
         super().__init__()
         self.register_buffer("embedding", embedding, persistent=False)
-        self.convolutions = nn.ModuleList([nn.Conv1d(width, 128, 5) for width in (embedding.shape[1], 128, 128)])
+        self.convolutions = nn.ModuleList([nn.Conv2d(width, 128, (1, 5)) for width in (embedding.shape[1], 128, 128)])
         self.hidden, self.dropout, self.head = nn.Linear(128, 128), nn.Dropout(0.3), nn.Linear(128, num_classes)
 
     def features(self, tokens: Tensor) -> Tensor:
-        """(n, 128) from tokens (n, L), L at least RECEPTIVE_FIELD."""
+        """(n, 128) from tokens (n, L); ValueError for L below RECEPTIVE_FIELD.
+
+        As an image of one row, channels last, and with each ReLU after its pooling, which changes nothing and is
+        quicker on a CPU.
+        """
+        if tokens.shape[1] < RECEPTIVE_FIELD:
+            raise ValueError(f"Documents of {tokens.shape[1]} positions; the network needs {RECEPTIVE_FIELD} or more.")
         first, second, third = self.convolutions
-        x = F.embedding(tokens, self.embedding).transpose(1, 2)
-        x = F.max_pool1d(F.relu(first(x)), 5, stride=1)
-        x = F.max_pool1d(F.relu(second(x)), 5, stride=1)
-        return F.relu(third(x)).amax(dim=2)
+        x = F.embedding(tokens, self.embedding)[:, None].permute(0, 3, 1, 2)  # (n, D, 1, L)
+        x = F.relu(F.max_pool2d(first(x), (1, 5), stride=1))
+        x = F.relu(F.max_pool2d(second(x), (1, 5), stride=1))
+        return F.relu(third(x).amax(dim=(2, 3)))
 
     def shortened(self, tokens: Tensor) -> Tensor:
         """``features``, computed without most of the padding: the same to rounding, several times as fast on a CPU.
