@@ -514,10 +514,12 @@ def build(out: Path) -> None:
     source.mkdir(parents=True)
     for name in ("conf.py", "report.css", "theme.js"):
         shutil.copy(HERE / name, source)
-    repeats = list(settings.params()["active"].get("repeats") or {})
+    active = settings.params()["active"]
+    repeats = list(active.get("repeats") or {})
     groups = {study: f"{study}: {title(study)}" for study in studies}
     groups |= {name: f"{name}: sweep over sizes of training set" for name in chosen["sweeps"]}
     groups |= {name: f"{name}: their own data and networks" for name in repeats}
+    groups |= {name: f"{name}: the generalized focal loss" for name in active.get("detectors") or []}
     quick = [f"## The quick study: {title(name)}\n\n{how(name)}\n\n{results(name)}" for name in chosen["studies"]]
     parts = {
         "answer": answer(first), "study": first, "title": title(first), "how": how(first), "results": results(first),

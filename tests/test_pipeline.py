@@ -162,6 +162,20 @@ def test_published_runs_are_analysed_like_ones_own_and_swept_over_sizes(copy):
     (copy / "params.yaml").write_text(before)
 
 
+def test_detectors_are_trained_and_measured(copy):
+    before, changed = (copy / "params.yaml").read_text(), parameters(LOSSES)
+    changed["active"]["detectors"] = ["boxes"]
+    write_parameters(copy, changed)
+    assert stages_that_ran(call(copy, "dvc", "repro", "detect@boxes"))[-1] == "detect@boxes"
+    figures = copy / "figures/boxes/16_generalized_focal"
+    runs = pd.read_csv(figures / "detectors.csv")
+    assert runs.groupby("detector").seed.apply(list).map(lambda seeds: seeds == [0, 1]).all() and len(runs) == 12
+    assert runs[["AP", "gap"]].stack().between(0, 1).all()
+    names = {"minimum", "distribution", "scenes", "reliability", "targets"}
+    assert {path.stem for path in figures.glob("*.png")} == names
+    (copy / "params.yaml").write_text(before)
+
+
 def test_a_study_is_trained_here_or_taken_not_both(copy):
     before, changed = (copy / "params.yaml").read_text(), parameters(LOSSES)
     changed["active"]["published"] = ["tiny"]

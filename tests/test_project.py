@@ -56,6 +56,7 @@ def test_the_parameters_name_what_exists():
     assert {*active["studies"], *active["published"]} <= set(studies)
     assert {*active["analysed"], *sweeps} <= set(active["published"])
     assert all((ROOT / "published" / f"{study}.dvc").is_file() for study in active["published"])
+    assert set(active["detectors"]) <= set(PARAMS["detectors"])
     looks = [(color, dashes) for _, color, dashes in plots.STYLE.values()]
     assert len(set(looks)) == len(looks)
 
@@ -168,6 +169,10 @@ def test_analyses_depend_on_the_whole_method_and_their_part_of_the_plant(stage):
     assert listed(stage) == {"focalcal"} | {name for name in used - KEEPERS if name.startswith("compendium.")}
     if any("papers" in code(chapter) for chapter in chapters(stage)):
         assert "papers" in STAGES[stage]["deps"]
+
+
+def test_detectors_depend_on_just_what_they_use():
+    assert listed("detect") == uses("16_generalized_focal") - KEEPERS  # minutes, so not on the whole method
 
 
 def test_every_chapter_has_a_stage_that_depends_on_its_stripped_copy():

@@ -21,7 +21,9 @@ def parameters(losses: list[str], seeds: int = 1, exceptions=None, more_losses=N
     """
     values = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
     active = {"headline": "tiny", "studies": ["tiny"], "published": [], "analysed": [], "sweeps": {}, "repeats": {}}
-    values["active"] = active | {"losses": losses, "seeds": list(range(seeds))}
+    values["active"] = active | {"detectors": [], "losses": losses, "seeds": list(range(seeds))}
+    small = {"train": 48, "test": 24, "epochs": 2, "batch": 8, "width": 8, "seeds": [0, 1]}
+    values["detectors"]["boxes"] = values["detectors"]["detection"] | {"dataset": "digits"} | small
     values["shared"]["losses"] |= more_losses or {}
     values["studies"]["tiny"] = {
         "data": {"dataset": "digits", "train": 300, "val": 100, "test": 200, "shifted": ["digits", "svhn"]},

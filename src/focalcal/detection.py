@@ -81,7 +81,8 @@ def network(classes: int, width: int, seed: int) -> nn.Sequential:
         nn.init.zeros_(head.bias)
         nn.init.constant_(head.bias[:classes], -np.log(99))  # at first every score is 0.01, as in RetinaNet
         strided = block(1, width // 2, 2), block(width // 2, width, 2)
-        return nn.Sequential(*strided, block(width, width), block(width, width, dilation=2), block(width, width), head)
+        deep = block(width, width), block(width, width, dilation=2), block(width, width)
+        return nn.Sequential(*strided, *deep, head).to(memory_format=torch.channels_last)
 
 
 def outputs(maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,13 +98,12 @@ def centres(count: int) -> Tensor:
     return torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1).reshape(-1, 2)
 
 
-def decode(sides: Tensor) -> Tensor:
-    """Boxes (..., L, 4) from logits over the sides' positions (..., L, 4, BINS): expected distances from the location.
+def decode(sides: Tensor, middle: Tensor) -> Tensor:
+    """Boxes (..., 4) from logits over their sides' positions (..., 4, BINS): expected distances from ``middle`` (..., 2).
 
     Sides are left, top, right and bottom, in strides.
     """
     distance = STRIDE * (sides.softmax(dim=-1) @ torch.arange(BINS, dtype=sides.dtype))
-    middle = centres(sides.shape[-3])
     return torch.cat([middle - distance[..., :2], middle + distance[..., 2:]], dim=-1)
 
 
@@ -156,14 +156,14 @@ def losses(maps: Tensor, classes: Tensor, boxes: Tensor, score: str, dfl: float 
 
     logits, quality, sides = outputs(maps)
     there = classes >= 0
-    found, wanted = decode(sides)[there], boxes[there]
+    middle, wanted = centres(classes.shape[1]).expand(*classes.shape, 2)[there], boxes[there]
+    found = decode(sides[there], middle)
     overlap = iou(found, wanted).detach()
     function, power, soft = SCORES[score]
     target = torch.zeros_like(logits)
     target[(*there.nonzero(as_tuple=True), classes[there])] = overlap if soft else 1.0
     total = function(logits, target, power).sum() + 2 * generalized_box_iou_loss(found, wanted, reduction="sum")
     if dfl:
-        middle = centres(classes.shape[1]).expand(*classes.shape, 2)[there]
         distance = torch.cat([middle - wanted[:, :2], wanted[:, 2:] - middle], dim=1) / STRIDE
         values = distance.clamp(0, BINS - 1.1).flatten()
         total = total + dfl / 4 * distribution_focal(sides[there].flatten(0, 1), values).sum()
@@ -200,11 +200,11 @@ def _inputs(canvases: np.ndarray) -> Tensor:
 def predict(net: nn.Module, canvases: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     """By location: the classes' probabilities (N, L, classes), the quality (N, L), in [0, 1], and boxes (N, L, 4)."""
     logits, quality, sides = outputs(torch.cat([net(part) for part in _inputs(canvases).split(128)]))
-    return logits.sigmoid(), quality.sigmoid(), decode(sides)
+    return logits.sigmoid(), quality.sigmoid(), decode(sides, centres(sides.shape[1]))
 
 
-def detect(scores: Tensor, boxes: Tensor, least: float = 0.05, suppress: float = 0.6) -> list[dict[str, Tensor]]:
-    """Detections of each scene: boxes (n, 4), scores (n,) from high to low, at most 100, and labels (n,).
+def detect(scores: Tensor, boxes: Tensor, least=0.05, suppress=0.6, most=100) -> list[dict[str, Tensor]]:
+    """Detections of each scene: boxes (n, 4), scores (n,) from high to low, at most ``most``, and labels (n,).
 
     scores (N, L, classes) and boxes (N, L, 4): see ``predict``. Scores from ``least`` on count; of boxes of one class
     whose IoU is above ``suppress`` the one with the highest score stays.
@@ -214,7 +214,7 @@ def detect(scores: Tensor, boxes: Tensor, least: float = 0.05, suppress: float =
     found = []
     for of_scene, places in zip(scores, boxes, strict=True):
         where, labels = (of_scene >= least).nonzero(as_tuple=True)
-        kept = batched_nms(places[where], of_scene[where, labels], labels, suppress)[:100]
+        kept = batched_nms(places[where], of_scene[where, labels], labels, suppress)[:most]
         found.append({"boxes": places[where[kept]], "scores": of_scene[where, labels][kept], "labels": labels[kept]})
     return found
 

@@ -35,6 +35,11 @@ STYLE = {
     "focal_brier": ("Focal + Brier", "#44AA99", ":"),
     "aurc": ("AURC", "#CC3311", "-"),
     "aurc_hard": ("AURC, hard ranks", "#CC3311", "--"),
+    "focal_quality": ("Focal × quality", "#3377BB", "--"),  # of detectors, as all that follow
+    "soft_focal": ("Focal, IoU as target", "#66BBEE", "-."),
+    "quality_focal": ("QFL, β = 2", "#D55E00", "--"),
+    "quality_bce": ("QFL, β = 0", "#117733", "--"),
+    "no_dfl": ("QFL, β = 2, no DFL", "#D55E00", ":"),
 }
 SPARE = ("#CC3311", "#0077BB", "#EE3377", "#009988", "#AA7744", "#332288")  # for losses that users add
 
