@@ -99,9 +99,9 @@ def centres(count: int) -> Tensor:
 
 
 def decode(sides: Tensor, middle: Tensor) -> Tensor:
-    """Boxes (..., 4) from logits over their sides' positions (..., 4, BINS): expected distances from ``middle`` (..., 2).
+    """Boxes (..., 4) from logits over their sides' positions (..., 4, BINS), left, top, right and bottom.
 
-    Sides are left, top, right and bottom, in strides.
+    A side's expected position is its distance from ``middle`` (..., 2), in strides.
     """
     distance = STRIDE * (sides.softmax(dim=-1) @ torch.arange(BINS, dtype=sides.dtype))
     return torch.cat([middle - distance[..., :2], middle + distance[..., 2:]], dim=-1)
@@ -220,7 +220,7 @@ def detect(scores: Tensor, boxes: Tensor, least=0.05, suppress=0.6, most=100) ->
 
 
 def best_ious(found: list[dict], boxes: list[Tensor], labels: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """Of all detections the score, and the IoU with the object of their class that they fit best, 0 if there is none."""
+    """Of all detections the score, and the IoU with the object of their class that they fit best, 0 without one."""
     from torchvision.ops import box_iou
 
     fit = [torch.zeros(0)]
@@ -261,14 +261,14 @@ def average_precision(found: list[dict], boxes: list[Tensor], labels: list[Tenso
 
 
 def _hits(one: dict, boxes: Tensor, labels: Tensor) -> np.ndarray:
-    """Which detections of a scene, from high to low score, are right at each threshold, bool (n, THRESHOLDS)."""
+    """Which detections of a scene are right at each threshold, bool (n, THRESHOLDS)."""
     from torchvision.ops import box_iou
 
     fit = (box_iou(one["boxes"], boxes) * (one["labels"][:, None] == labels)).numpy()
     free, hits = np.ones((len(THRESHOLDS), len(boxes)), bool), np.zeros((len(fit), len(THRESHOLDS)), bool)
     every = np.arange(len(THRESHOLDS))
-    for number, row in enumerate(fit):
-        best = np.where(free, row, -1.0)
+    for number in np.argsort(-one["scores"].numpy(), kind="stable"):
+        best = np.where(free, fit[number], -1.0)
         taken = best.argmax(axis=1)
         hits[number] = best[every, taken] >= THRESHOLDS
         free[every[hits[number]], taken[hits[number]]] = False
