@@ -22,7 +22,7 @@ def parameters(losses: list[str], seeds: int = 1, exceptions=None, more_losses=N
     values = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
     active = {"headline": "tiny", "studies": ["tiny"], "published": [], "analysed": [], "sweeps": {}, "repeats": {}}
     values["active"] = active | {"detectors": [], "losses": losses, "seeds": list(range(seeds))}
-    small = {"train": 48, "test": 24, "epochs": 2, "batch": 8, "width": 8, "seeds": [0, 1]}
+    small = {"train": 96, "test": 24, "epochs": 6, "batch": 8, "width": 16, "seeds": [0, 1]}
     values["detectors"]["boxes"] = values["detectors"]["detection"] | {"dataset": "digits"} | small
     values["shared"]["losses"] |= more_losses or {}
     values["studies"]["tiny"] = {
