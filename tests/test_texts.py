@@ -131,6 +131,26 @@ def test_newsgroups_are_prepared_as_published(folder, monkeypatch, capsys):
     assert arrays["embedding"][:2, 0].tolist() == [0, 1] and len(arrays["classes"]) == 20
 
 
+def test_twins_are_the_documents_with_another_label(folder, monkeypatch):
+    write_newsgroups(folder / "data/20newsgroups", count=1)
+    for group, head in (("group.a", "To: a"), ("group.c", "To: c\n\n"), ("group.e", "To: e")):
+        (folder / f"data/20newsgroups/{group}/9").write_text(f"{head}\n\nthe same\n")
+    monkeypatch.setattr(fetch, "DOCUMENTS", 20)
+    monkeypatch.setattr(np, "fromfile", lambda *_: np.zeros(20, np.uint32))
+    order = np.arange(20)
+    np.random.RandomState(1).shuffle(order)
+    config = Data(dataset="20newsgroups", train=12, val=3, test=5, vectors="cut-out")
+    where = {label: ("train" if at < 12 else "val" if at < 15 else "test") for at, label in enumerate(order.tolist())}
+    texts.write_twins(config, folder / "twins.csv")
+    header, *rows = (line.split(",") for line in (folder / "twins.csv").read_text().splitlines())
+    assert header == ["split", "row", "label", "others", "trained"]
+    for split, row, label, others, trained in rows:
+        assert split == where[int(label)] and order[int(row) + {"train": 0, "val": 12, "test": 15}[split]] == int(label)
+        assert others == " ".join(str(twin) for twin in (1, 3, 5) if twin != int(label))  # alt.atheism is 0
+        assert trained == " ".join(twin for twin in others.split() if where[int(twin)] == "train")
+    assert sorted(int(label) for _, _, label, *_ in rows) == [1, 3, 5]
+
+
 def test_bad_texts_are_named(folder, monkeypatch):
     newsgroups = Data(dataset="20newsgroups", train=1, val=1, test=1, vectors="cut-out")
     with pytest.raises(FileNotFoundError, match="holds 0 documents in 0 groups instead of 19,997 in 20; `python -m"):

@@ -5,6 +5,7 @@ A new data set is one function that makes the arrays of ``feed.splits`` from a s
 ``DATASETS``.
 """
 
+import csv
 import re
 import zlib
 from collections import Counter
@@ -90,32 +91,64 @@ def vectors(name: str, wanted: list[str], missing=lambda n: np.zeros((n, DIMENSI
     return table
 
 
+def newsgroup_documents() -> tuple[list[str], np.ndarray, np.ndarray]:
+    """The documents of 20 Newsgroups without their headers, their labels (N,), and the names of the groups."""
+    files = newsgroup_files()
+    raw = [file.read_bytes() for file in files]
+    digests = np.fromfile(Path(__file__).with_name("20newsgroups.crc32"), "<u4")
+    different = sum(zlib.crc32(content) != digest for content, digest in zip(raw, digests, strict=True))
+    print(f"{different} of {len(files):,} documents differ from the copy that the published runs were trained on.")
+    bodies = [body(re.sub("\r\n?", "\n", content.decode("latin-1"))) for content in raw]
+    classes = sorted({file.parent.name for file in files})
+    return bodies, np.array([classes.index(file.parent.name) for file in files], np.int64), np.array(classes)
+
+
+def newsgroup_split(config: Data) -> dict[str, np.ndarray]:
+    """The published split: split -> places in the list of documents."""
+    order = np.arange(fetch.DOCUMENTS)
+    np.random.RandomState(config.seed).shuffle(order)  # the generator of the published code
+    if config.train + config.val + config.test > len(order):
+        raise ValueError(f"20newsgroups has {len(order):,} documents; train, val and test ask for more.")
+    rest, test = np.split(order, [len(order) - config.test])
+    rest, val = np.split(rest, [len(rest) - config.val])
+    return {"train": rest[len(rest) - config.train :], "val": val, "test": test}
+
+
 def newsgroups(config: Data) -> dict[str, np.ndarray]:
     """20 Newsgroups (Lang 1995): 19,997 messages to 20 groups of the Usenet, headers cut away.
 
     Numbered, padded and split as published, words of test documents included in the numbering. Arrays: *_tokens,
     int64 (N, 1000); *_labels; train_index, val_index and test_index into the sorted files; embedding; classes.
     """
-    files = newsgroup_files()
-    raw = [file.read_bytes() for file in files]
-    digests = np.fromfile(Path(__file__).with_name("20newsgroups.crc32"), "<u4")
-    different = sum(zlib.crc32(content) != digest for content, digest in zip(raw, digests, strict=True))
-    print(f"{different} of {len(files):,} documents differ from the copy that the published runs were trained on.")
-    texts = [re.sub("\r\n?", "\n", content.decode("latin-1")) for content in raw]
-    tokens, known = numbered([words(body(text)) for text in texts])
-    classes = sorted({file.parent.name for file in files})
-    labels = np.array([classes.index(file.parent.name) for file in files], np.int64)
-    order = np.arange(len(files))
-    np.random.RandomState(config.seed).shuffle(order)  # the generator of the published code
-    sizes = {"train": config.train, "val": config.val, "test": config.test}
-    if sum(sizes.values()) > len(files):
-        raise ValueError(f"20newsgroups has {len(files):,} documents; train, val and test ask for more.")
-    ends = {"test": len(files), "val": len(files) - config.test, "train": len(files) - config.test - config.val}
+    bodies, labels, classes = newsgroup_documents()
+    tokens, known = numbered([words(text) for text in bodies])
     arrays = {}
-    for name, size in sizes.items():
-        rows = arrays[f"{name}_index"] = order[ends[name] - size : ends[name]]
-        arrays[f"{name}_tokens"], arrays[f"{name}_labels"] = tokens[rows], labels[rows]
-    return arrays | {"embedding": vectors(config.vectors, known), "classes": np.array(classes)}
+    for name, rows in newsgroup_split(config).items():
+        arrays |= {f"{name}_index": rows, f"{name}_tokens": tokens[rows], f"{name}_labels": labels[rows]}
+    return arrays | {"embedding": vectors(config.vectors, known), "classes": classes}
+
+
+def write_twins(config: Data, path: Path) -> None:
+    """A table of the documents of 20 Newsgroups whose text, stripped, stands under other labels, too.
+
+    Columns: split, row (in that split), label, others (those labels, with a space between them), and trained (those of
+    them under which it stands in the training set).
+    """
+    bodies, labels, _ = newsgroup_documents()
+    places = {}
+    for split, rows in newsgroup_split(config).items():
+        for row, document in enumerate(rows):
+            places.setdefault(bodies[document].strip(), []).append((split, row, int(labels[document])))
+    table = []
+    for same in places.values():
+        for split, row, label in same:
+            others = sorted({twin for _, _, twin in same} - {label})
+            trained = sorted({twin for where, _, twin in same if where == "train"} - {label})
+            if others:
+                table.append([split, row, label, " ".join(map(str, others)), " ".join(map(str, trained))])
+    with paths.atomic(path) as part, open(part, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([["split", "row", "label", "others", "trained"], *sorted(table)])
 
 
 def trees(text: str, where: str) -> list[dict[str, list]]:
