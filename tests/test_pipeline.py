@@ -158,7 +158,9 @@ def test_published_runs_are_analysed_like_ones_own_and_swept_over_sizes(copy):
     chosen = pd.read_csv(figures / "chosen.csv", index_col="images")
     assert chosen.index.tolist() == [100, 300, 500] and set(chosen["gamma in hindsight"]) <= {0, 1}
     assert chosen["ECE % AdaFocal"].notna().tolist() == [False, True, False]
-    assert {path.name for path in figures.glob("*.png")} == {"sweep.png", "training-side.png", "which-loss.png"}
+    assert {path.name for path in figures.glob("*.png")} == {
+        f"{n}.png" for n in ("sweep", "training-side", "pairs", "which-loss")
+    }
     (copy / "params.yaml").write_text(before)
 
 
