@@ -32,7 +32,8 @@ def finished(loss, seed, nll=0.4):
     splits = {"val_logits": logits, "val_labels": labels, "test_logits": logits, "test_labels": labels}
     paths.write_npz(folder / "logits.npz", **splits, epoch=np.array(2))
     paths.write_npz(folder / "gradients.npz", epochs=np.array([1]), norms=np.ones((1, 4), np.float32))
-    paths.write_npz(folder / "shifted.npz", noise5=logits.astype(np.float16))
+    noise = {f"noise{level}": logits.astype(np.float16) for level in range(1, 6)}
+    paths.write_npz(folder / "shifted.npz", digits=logits, **noise)
     for kind, ending in (("provenance", "json"), ("models", "safetensors")):
         (study / kind).mkdir(exist_ok=True)
         (study / kind / f"{loss}-{seed}.{ending}").write_text("{}")
@@ -79,6 +80,14 @@ def test_what_is_packed(compendium):
     assert not any("focal3" in name for name in members("some.tar"))  # a run that lacks a file is left out whole
     packed()
     assert "runs/focal3/1/history.csv" in members("some.tar")
+
+
+def test_weaker_noise_is_published_of_seed_0_only(compendium):
+    publish.pack("tiny")
+    runs = publish.add(compendium / "tiny.tar") / "runs"
+    kept = {run: sorted(paths.read_npz(runs / run / "shifted.npz")) for run in ("brier/0", "focal3/1")}
+    assert kept["brier/0"] == ["digits", *(f"noise{level}" for level in range(1, 6))]
+    assert kept["focal3/1"] == ["digits", "noise5"]
 
 
 def test_logits_that_half_precision_would_change_stay_as_they_are(tmp_path):

@@ -72,6 +72,12 @@ def halve_precision(path: Path) -> bool:
     return True
 
 
+def leave_weaker_noise_out(path: Path) -> None:
+    """Rewrite a run's shifted.npz without the noise of severities 1 to 4, half of a run's size."""
+    weaker = [f"noise{level}" for level in range(1, 5)]
+    paths.write_npz(path, **{name: logits for name, logits in paths.read_npz(path).items() if name not in weaker})
+
+
 def _checked(run: Path) -> None:
     """ValueError, naming the file, if a run is not whole."""
     for name in RUN_FILES:
@@ -87,6 +93,7 @@ def _checked(run: Path) -> None:
 def add(archive: Path) -> Path:
     """Unpack a packed file into published/<study>; that folder.
 
+    Logits are kept in half precision where that changes no metric, and weaker noise than the strongest for seed 0 only.
     Nothing changes unless every run in it is whole. Raises ValueError if one is not, if a file of another kind is in
     it, or if a run is published already with other results.
     """
@@ -115,6 +122,8 @@ def add(archive: Path) -> Path:
         for run in found:
             half = halve_precision(run / "logits.npz")
             print(f"{study}, {run.parent.name}, seed {run.name}: logits in {'half' if half else 'single'} precision")
+            if run.name != "0" and (run / "shifted.npz").is_file():
+                leave_weaker_noise_out(run / "shifted.npz")
         shutil.copytree(source, target, dirs_exist_ok=True)
         return target
 
