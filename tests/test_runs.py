@@ -186,16 +186,18 @@ def test_a_study_that_no_paper_has_gets_cifars_numbers(study):
     assert runs.papers("tiny").index.tolist() == ["adafocal"]
 
 
-def test_the_training_set_s_side_with_and_without_mean_confidences(study):
-    run = paths.run("tiny", "adafocal", 0) / "history.csv"
-    run.write_text(
+def test_the_training_set_s_side_with_and_without_mean_confidences_in_one_study(study):
+    new, old = (paths.run("tiny", *run) / "history.csv" for run in (("focal1", 0), ("adafocal", 0)))
+    new.write_text(
         "epoch,train_confidence,train_error,train_ece,test_confidence,test_error\n"
         "1,0.5,0.4,0.1,0.5,0.5\n2,0.9,0.04,0.06,0.88,0.15\n3,,,,0.92,0.1\n"  # the training set every other epoch
     )
-    new = runs.training_side("tiny", ["adafocal"]).loc[("adafocal", 0)]
-    assert new.tolist() == pytest.approx([0.9 - 0.96, 0.92 - 0.9, 0.08])
-    run.write_text("epoch,train_error,train_ece\n1,0.04,0.06\n")
+    old.write_text("epoch,train_error,train_ece\n1,0.04,0.06\n")
     with open(paths.study("tiny") / "metrics.csv", "a") as file:
         file.write("\nadafocal,0,test,none,error,0.15")
-    old = runs.training_side("tiny", ["adafocal"]).loc[("adafocal", 0)]
-    assert old.tolist() == pytest.approx([-0.06, 0.9 - 0.85, 0.11])
+    alone = runs.training_side("tiny", ["adafocal"])
+    assert alone.loc[("adafocal", 0)].tolist() == pytest.approx([-0.06, 0.9 - 0.85, 0.11])
+    (paths.run("tiny", "focal1", 1) / "history.csv").write_text(new.read_text())
+    both = runs.training_side("tiny")
+    assert both.loc[("adafocal", 0)].tolist() == pytest.approx([-0.06, 0.9 - 0.85, 0.11])
+    assert both.loc[("focal1", 0)].tolist() == pytest.approx([0.9 - 0.96, 0.92 - 0.9, 0.08])

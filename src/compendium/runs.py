@@ -76,12 +76,12 @@ def training_side(study: str, only=()) -> pd.DataFrame:
     in: the same where every bin is right more often than it says. only: as for ``pairs``.
     """
     ends = history(study, only).groupby(["loss", "seed"], sort=False).last()
+    tested = metrics(study, only).query("split == 'test' and scaling == 'none'")
+    tested = tested.pivot_table("value", ["loss", "seed"], "metric", sort=False)
+    table = pd.DataFrame({"train": -ends.train_ece, "test": tested.confidence - 1 + tested.error}, index=ends.index)
     if "train_confidence" in ends:
-        table = pd.DataFrame({s: ends[f"{s}_confidence"] - 1 + ends[f"{s}_error"] for s in ("train", "test")})
-    else:
-        tested = metrics(study, only).query("split == 'test' and scaling == 'none'")
-        tested = tested.pivot_table("value", ["loss", "seed"], "metric", sort=False)
-        table = pd.DataFrame({"train": -ends.train_ece, "test": tested.confidence - 1 + tested.error}, index=ends.index)
+        known = {side: ends[f"{side}_confidence"] - 1 + ends[f"{side}_error"] for side in table}
+        table = pd.DataFrame(known).fillna(table)
     return table.assign(gap=table.test - table.train)
 
 
