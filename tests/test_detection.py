@@ -75,6 +75,25 @@ def test_iou_and_the_two_focal_losses():
     assert 0.69 < least < 0.70 and a[1] / sum(a) == pytest.approx(0.9, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("score", "scores_own"),
+    [("focal", 0.0180), ("soft_focal", 0.5893), ("quality_focal", 0.2779), ("quality_bce", 1.1116)],
+)
+def test_the_loss_of_one_location_by_hand(score, scores_own):
+    """Probability 0.75; every side at position 1, so a box of 8 x 8 around one of 4 x 4: IoU and GIoU 1/4.
+
+    The sides are at 0.5, and position 0 is 50 below position 1, so DFL is 25. The quality's logit is 0.
+    """
+    sides = torch.zeros(4, detection.BINS)
+    sides[:, 1] = 50
+    maps = torch.cat([torch.tensor([3.0]).log(), torch.zeros(1), sides.flatten()])[None, :, None, None]
+    truth = torch.tensor([[0]]), torch.tensor([[[0.0, 0, 4, 4]]])
+    branch = np.log(2) if score == "focal" else 0
+    known = scores_own + 2 * 0.75 + branch
+    assert detection.losses(maps, *truth, score, 0.0).item() == pytest.approx(known, abs=1e-4)
+    assert detection.losses(maps, *truth, score).item() == pytest.approx(known + 0.25 * 25, abs=1e-4)
+
+
 @pytest.mark.parametrize("score", detection.SCORES)
 def test_training_is_finite_lowers_the_loss_and_repeats(pictures, score):
     canvases, boxes, labels = detection.scenes(*pictures, 16, 0)
@@ -88,7 +107,6 @@ def test_training_is_finite_lowers_the_loss_and_repeats(pictures, score):
     assert torch.isfinite(after) and after < before
     scores, quality, places = detection.predict(nets[0], canvases)
     assert scores.shape == (16, 256, 3) and quality.shape == (16, 256) and places.shape == (16, 256, 4)
-    assert min(scores.min(), quality.min()) >= 0 and max(scores.max(), quality.max()) <= 1
     empty = detection.losses(nets[0](inputs), torch.full_like(wanted[0], -1), wanted[1], score)
     assert torch.isfinite(empty)
 
@@ -110,7 +128,7 @@ def test_a_perfect_detector_has_ap_1_and_no_gap(pictures):
 
 
 def test_average_precision_by_hand():
-    """Two objects; right (IoU 0.8), wrong, right (IoU 1): precision 1 up to recall 1/2, then 2/3."""
+    """Two objects; right (IoU 0.82), wrong, right (IoU 1): precision 1 up to recall 1/2, then 2/3."""
     truth = torch.tensor([[0.0, 0, 10, 10], [40, 40, 50, 50]])
     found = one([[0, 0, 10, 8.2], [20, 20, 30, 30], [40, 40, 50, 50]], [0.9, 0.8, 0.7], [0, 0, 0])
     precise = detection.average_precision([found], [truth], [torch.tensor([0, 0])], 1)[:, 0]
@@ -133,10 +151,11 @@ def test_average_precision_against_torchmetrics(pictures, monkeypatch):
     rng, found = np.random.default_rng(1), []
     for these, kinds in zip(boxes, labels, strict=True):
         near = np.concatenate([these.numpy() + rng.normal(0, size, these.shape) for size in (0.5, 2)])
-        found.append(one(near.tolist(), rng.random(len(near)).astype(np.float32).tolist(), kinds.tolist() * 2))
-    theirs = _mean_ap.MeanAveragePrecision(class_metrics=True)
+        said = np.where(rng.random(len(near)) < 0.3, rng.integers(0, 3, len(near)), kinds.tolist() * 2)  # some wrong
+        found.append(one(near.tolist(), rng.random(len(near)).astype(np.float32).tolist(), said.tolist()))
+    theirs = _mean_ap.MeanAveragePrecision()  # in float32: a recall on one of the 101 points may round to the next
     theirs.update(found, [{"boxes": b, "labels": kinds} for b, kinds in zip(boxes, labels, strict=True)])
     theirs, ours = theirs.compute(), detection.average_precision(found, boxes, labels, 3)
-    assert np.nanmean(ours) == pytest.approx(theirs["map"].item(), abs=1e-3)  # theirs is in float32
-    assert np.nanmean(ours[0]) == pytest.approx(theirs["map_50"].item(), abs=1e-3)
-    assert np.nanmean(ours[5]) == pytest.approx(theirs["map_75"].item(), abs=1e-3)
+    assert np.nanmean(ours) == pytest.approx(theirs["map"].item(), abs=2e-3)
+    assert np.nanmean(ours[0]) == pytest.approx(theirs["map_50"].item(), abs=2e-3)
+    assert np.nanmean(ours[5]) == pytest.approx(theirs["map_75"].item(), abs=2e-3)
