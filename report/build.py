@@ -519,6 +519,7 @@ def build(out: Path) -> None:
     groups = {study: f"{study}: {title(study)}" for study in studies}
     groups |= {name: f"{name}: sweep over sizes of training set" for name in chosen["sweeps"]}
     groups |= {name: f"{name}: their own data and networks" for name in repeats}
+    groups |= {name: f"{name}: two studies compared" for name in active.get("comparisons") or {}}
     groups |= {name: f"{name}: the generalized focal loss" for name in active.get("detectors") or []}
     quick = [f"## The quick study: {title(name)}\n\n{how(name)}\n\n{results(name)}" for name in chosen["studies"]]
     parts = {

@@ -134,4 +134,4 @@ def test_the_method_is_small():
     lines = {path.stem: len(path.read_text().splitlines()) for path in MODULES}
     assert {name: count for name, count in lines.items() if count > (400 if name == "losses" else 300)} == {}
     assert sum(lines.values()) <= 2600
-    assert len((ROOT / "dvc.yaml").read_text().splitlines()) <= 135
+    assert len((ROOT / "dvc.yaml").read_text().splitlines()) <= 150

@@ -130,6 +130,10 @@ def test_published_runs_are_analysed_like_ones_own_and_swept_over_sizes(copy):
         changed["studies"][study] = tiny | {"data": tiny["data"] | {"train": size}}
     sweeps = {"sizes": {"small": "small", "middle": "far", "large": "large"}}
     changed["active"] |= {"published": list(sizes), "analysed": ["far"], "sweeps": sweeps}
+    changed["active"]["comparisons"] = {
+        "more": {"notebook": "17_beyond_focal", "study": "small", "beside": "far"},
+        "less": {"notebook": "18_augmentation", "study": "small", "beside": "large"},
+    }
     write_parameters(copy, changed)
     call(copy, sys.executable, "-c", ELSEWHERE)
     for part in ("runs", "provenance"):
@@ -141,9 +145,10 @@ def test_published_runs_are_analysed_like_ones_own_and_swept_over_sizes(copy):
     assert said.count("Published") == 3
 
     analyses = [f"analyse-published@far-{chapter}" for chapter in ("04_nll_divergence", "08_results")]
-    ran = stages_that_ran(call(copy, "dvc", "repro", "choose-gamma@sizes", *analyses))
+    groups = ["choose-gamma@sizes", "compare@more", "compare@less"]
+    ran = stages_that_ran(call(copy, "dvc", "repro", *groups, *analyses))
     wanted = [f"{stage}@{study}" for study in sizes for stage in ("take", "scale-published")]
-    assert sorted(ran) == sorted([*wanted, "choose-gamma@sizes", *analyses])
+    assert sorted(ran) == sorted([*wanted, *groups, *analyses])
     near, far = (pd.read_csv(copy / "artifacts" / study / "metrics.csv") for study in ("tiny", "far"))
     assert (near.drop(columns="value") == far.drop(columns="value")).all(axis=None)
     assert abs(near.value - far.value).max() < 1e-3
@@ -161,6 +166,20 @@ def test_published_runs_are_analysed_like_ones_own_and_swept_over_sizes(copy):
     assert {path.name for path in figures.glob("*.png")} == {
         f"{n}.png" for n in ("sweep", "training-side", "pairs", "which-loss")
     }
+
+    figures = copy / "figures/more/17_beyond_focal"
+    assert pd.read_csv(figures / "results.csv").loss.tolist() == ["cross_entropy", "focal1", "adafocal"]
+    change = pd.read_csv(copy / "figures/less/18_augmentation/change.csv", index_col="loss")
+    for study, column in (("small", "with"), ("large", "without")):
+        known = pd.read_csv(copy / "artifacts" / study / "metrics.csv").query("scaling == 'none' and split == 'test'")
+        known = 100 * known.pivot(index="loss", columns="metric", values="value")
+        expected = known.confidence - (100 - known.error)
+        assert change[column].to_dict() == pytest.approx(expected.to_dict(), abs=1e-3)
+    pairs = pd.read_csv(figures / "verdicts.csv").query("metric == 'ece' and scaling == 'none'")
+    known = pd.read_csv(copy / "artifacts/small/metrics.csv").query("scaling == 'none' and split == 'test'")
+    known = known[known.metric == "ece"].set_index("loss").value
+    assert pairs[["one", "other"]].values.tolist() == [["focal1", "cross_entropy"]]
+    assert pairs.difference.item() == pytest.approx(100 * (known.focal1 - known.cross_entropy), rel=1e-3)
     (copy / "params.yaml").write_text(before)
 
 

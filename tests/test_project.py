@@ -52,8 +52,8 @@ def test_the_parameters_name_what_exists():
     drawn = {loss for loss in shared["losses"] if not re.fullmatch(r"flsd\d\d", loss)}  # pairs: cells of a heat map
     assert set(active["losses"]) <= set(shared["losses"]) and drawn | {"flsd53"} <= set(plots.STYLE)
     assert {special.get("function", name) for name, special in shared["losses"].items()} == set(losses.LOSSES)
-    groups = [*active["sweeps"].values(), *active["repeats"].values()]
-    sweeps = [study for group in groups for study in group.values()]
+    groups = [group for kind in ("sweeps", "repeats", "comparisons") for group in active[kind].values()]
+    sweeps = [study for group in groups for name, study in group.items() if name != "notebook"]
     assert {*active["studies"], *active["published"]} <= set(studies)
     assert {*active["analysed"], *sweeps} <= set(active["published"])
     assert all((ROOT / "published" / f"{study}.dvc").is_file() for study in active["published"])
@@ -160,11 +160,13 @@ def test_a_trainings_checkpoints_belong_to_the_code_that_its_stage_depends_on():
 
 def chapters(stage: str) -> list[str]:
     """The chapters that a stage executes."""
+    if stage == "compare":
+        return [given["notebook"] for given in PARAMS["active"]["comparisons"].values()]
     matrix = STAGES[stage].get("matrix", {}).get("notebook")
     return matrix or re.findall(r"stripped/(\w+)\.ipynb", STAGES[stage]["cmd"])
 
 
-@pytest.mark.parametrize("stage", ["analyse", "analyse-published", "choose-gamma", "repeat"])
+@pytest.mark.parametrize("stage", ["analyse", "analyse-published", "choose-gamma", "repeat", "compare"])
 def test_analyses_depend_on_the_whole_method_and_their_part_of_the_plant(stage):
     used = set().union(*map(uses, chapters(stage)))
     assert listed(stage) == {"focalcal"} | {name for name in used - KEEPERS if name.startswith("compendium.")}
@@ -180,7 +182,8 @@ def test_every_chapter_has_a_stage_that_depends_on_its_stripped_copy():
     assert {chapter for stage in STAGES for chapter in chapters(stage)} == set(NOTEBOOKS)
     for name, stage in STAGES.items():
         if chapters(name):
-            file = "${item.notebook}" if "notebook" in stage.get("matrix", {}) else chapters(name)[0]
+            given = name == "compare" or "notebook" in stage.get("matrix", {})
+            file = "${item.notebook}" if given else chapters(name)[0]
             assert f"artifacts/stripped/{file}.ipynb" in stage["deps"], name
             assert f"compendium notebook artifacts/stripped/{file}.ipynb " in stage["cmd"], name
 

@@ -20,8 +20,9 @@ def parameters(losses: list[str], seeds: int = 1, exceptions=None, more_losses=N
     exceptions: the study's; more_losses: further entries of shared.losses.
     """
     values = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
-    active = {"headline": "tiny", "studies": ["tiny"], "published": [], "analysed": [], "sweeps": {}, "repeats": {}}
-    values["active"] = active | {"detectors": [], "losses": losses, "seeds": list(range(seeds))}
+    active = {"headline": "tiny", "studies": ["tiny"], "published": [], "analysed": [], "detectors": []}
+    values["active"] = active | {"sweeps": {}, "repeats": {}, "comparisons": {}, "losses": losses}
+    values["active"]["seeds"] = list(range(seeds))
     small = {"train": 96, "test": 24, "epochs": 6, "batch": 8, "width": 16, "seeds": [0, 1]}
     values["detectors"]["boxes"] = values["detectors"]["detection"] | {"dataset": "digits"} | small
     values["shared"]["losses"] |= more_losses or {}
