@@ -458,7 +458,7 @@ def about(page, study: str) -> str:
     """A note where a chapter's text is about another study than its tables and figures."""
     own = [cell.source for cell in page.cells if "parameters" in cell.metadata.get("tags", [])]
     written = own[0].partition('study = "')[2].partition('"')[0] if own else ""
-    if written in ("", study):
+    if written in ("", study) or study not in settings.params()["studies"]:
         return ""
     return f"Tables and figures are of `{study}`; what is written about them is of `{written}`."
 
