@@ -1,4 +1,6 @@
 import errno
+import io
+import tarfile
 
 import numpy as np
 import pandas as pd
@@ -97,3 +99,26 @@ def test_equal_figures_and_tables_give_equal_bytes(tmp_path):
     assert made(tmp_path / "one") == made(tmp_path / "two")
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["lines.png", "lines.svg", "table.csv"]
     assert (tmp_path / "one" / "table.csv").read_text() == "ece\n0.25\n"
+
+
+@pytest.mark.parametrize("outside", ["../evil", "/evil"])
+def test_an_archives_files_are_unpacked_and_nothing_else(tmp_path, outside):
+    def packed(*names):
+        content = io.BytesIO()
+        with tarfile.open(fileobj=content, mode="w") as archive:
+            for name in names:
+                entry = tarfile.TarInfo(name)
+                entry.size, entry.type = (5, tarfile.REGTYPE) if name != "link" else (0, tarfile.SYMTYPE)
+                entry.linkname = "/etc/passwd" if name == "link" else ""
+                archive.addfile(entry, io.BytesIO(b"seen\n"))
+        content.seek(0)
+        return tarfile.open(fileobj=content)
+
+    paths.unpack(packed("deep/er/file", "link"), tmp_path / "inside")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if not path.is_dir()] == [
+        "inside/deep/er/file"
+    ]
+    assert (tmp_path / "inside/deep/er/file").read_text() == "seen\n"
+    with pytest.raises(tarfile.TarError, match=f"{outside} would lie outside"):
+        paths.unpack(packed(outside), tmp_path / "inside")
+    assert not (tmp_path / "evil").exists()

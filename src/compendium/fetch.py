@@ -134,7 +134,7 @@ def _unpacked(archive: Path, name: str, folder: Path) -> str | None:
                     packed.extractall(scratch, [m for m in packed.namelist() if name == "sst" or ".100d." in m])
             else:
                 with tarfile.open(archive) as packed:
-                    packed.extractall(scratch, filter="data")
+                    paths.unpack(packed, scratch)
         except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as problem:
             return f"{archive} is damaged ({problem})"
         return _copy_text(Path(scratch), name, folder)
@@ -183,7 +183,7 @@ def _from_environment(name: str, folder: Path) -> str | None:
     archives = sorted(source.rglob(f"{name.replace('cifar', 'cifar-')}-python.tar.gz"))
     if problem and archives:
         with tempfile.TemporaryDirectory() as scratch, tarfile.open(archives[0]) as archive:
-            archive.extractall(scratch, filter="data")
+            paths.unpack(archive, scratch)
             return _copy_from(Path(scratch), name, folder)
     return problem
 

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import shutil
+import tarfile
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +104,19 @@ def write_npz(path: Path, **arrays) -> None:
             content = io.BytesIO()
             np.lib.format.write_array(content, np.asanyarray(array), allow_pickle=False)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getbuffer())
+
+
+def unpack(archive: tarfile.TarFile, folder: Path) -> None:
+    """Write the files of an open archive below ``folder``, links and devices left out; TarError for one that would lie
+    elsewhere. (TarFile.extractall has a filter for this from Python 3.11.4 on; Debian 12 has 3.11.2.)"""
+    folder = Path(folder).resolve()
+    for member in filter(tarfile.TarInfo.isfile, archive):
+        target = (folder / member.name).resolve()
+        if not target.is_relative_to(folder):
+            raise tarfile.TarError(f"{member.name} would lie outside")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with archive.extractfile(member) as content, open(target, "wb") as file:
+            shutil.copyfileobj(content, file)
 
 
 def save_figure(figure, folder: Path, name: str) -> None:

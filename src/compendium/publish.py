@@ -104,7 +104,7 @@ def add(archive: Path) -> Path:
                 bad = [name for name in names if not MEMBER.fullmatch(name)]
                 if bad or not names:
                     raise ValueError(f"{archive} is not what `compendium publish pack` writes: {bad[:1] or 'empty'}.")
-                packed.extractall(scratch, filter="data")
+                paths.unpack(packed, scratch)
         except tarfile.TarError as problem:
             raise ValueError(f"{archive} is damaged or no tar file ({problem}).") from problem
         source = next(Path(scratch).iterdir())
