@@ -58,7 +58,8 @@ from focalcal import metrics, plots
 count, confidence, correct = metrics.bin_sums([0.6, 0.9], [1, 0], metrics.equal_width_edges())
 figure, (left, right) = plots.panels(2)
 plots.reliability(left, count, confidence, correct, plots.style("focal3")["color"])
-plots.paired_bars(right, ["a", "b"], [1, 2], [0.5, 1], ["#000000", "#777777"], "ECE %")
+plots.estimate(right, "focal3", 0, 2.0, (1.5, 2.6), sd=0.4)
+plots.open_and_full(right, ["focal3"])
 figure.canvas.draw()
 print("drawn", sorted(barred & set(sys.modules)))
 """

@@ -8,7 +8,6 @@ import matplotlib
 import matplotlib.colors
 import numpy as np
 from matplotlib import pyplot as plt
-from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
 
 STYLE = {
@@ -159,16 +158,24 @@ def panels(count: int, columns: int = 4):
     return figure, axes.flat[:count]
 
 
-def paired_bars(ax, names, before, after, colors, ylabel: str) -> None:
-    """Two bars per loss, before (light) and after (full colour) temperature scaling."""
-    at = np.arange(len(names))
-    ax.bar(at - 0.2, before, 0.38, color=colors, alpha=0.4)
-    ax.bar(at + 0.2, after, 0.38, color=colors)
-    ax.set_xticks(at, names, rotation=45, ha="right")
-    ax.set(ylabel=ylabel)
-    ax.grid(axis="x", visible=False)
-    handles = [Patch(facecolor="#555555", alpha=alpha, label=name) for alpha, name in ((0.4, "before"), (1, "after"))]
-    ax.legend(handles=handles, ncols=2, loc="upper center")
+def estimate(ax, loss: str, y: float, value: float, interval, sd: float = np.nan, full: bool = True) -> None:
+    """A loss's value as a dot at height y: open or full, the thick line its interval (low, high).
+
+    sd: where not NaN, a thin line with ends to either side, such as the standard deviation over seeds.
+    """
+    color = style(loss)["color"]
+    ax.plot(interval, [y, y], color=color, linewidth=2)
+    if not np.isnan(sd):
+        ax.errorbar(value, y, xerr=sd, color=color, linewidth=0.8, capsize=2.5)
+    ax.plot(value, y, "o", color=color, markersize=5, markerfacecolor=color if full else "white")
+
+
+def open_and_full(ax, losses, opened: str = "as trained", full: str = "scaled by NLL") -> None:
+    """Rows of ``estimate``: the losses' names down the y axis, and what an open and a full dot are in the legend."""
+    ax.set_yticks(range(len(losses)), [label(loss) for loss in losses])
+    ax.set_ylim(len(losses) - 0.5, -0.5)
+    for name, inside in ((opened, "white"), (full, "#555555")):
+        ax.plot([], [], "o", color="#555555", markersize=5, markerfacecolor=inside, label=name)
 
 
 def verdict_map(ax, losses, pairs, factor: float = 1) -> None:
