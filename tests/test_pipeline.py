@@ -128,7 +128,7 @@ def test_published_runs_are_analysed_like_ones_own_and_swept_over_sizes(copy):
     for study, size in sizes.items():
         tiny = changed["studies"]["tiny"]
         changed["studies"][study] = tiny | {"data": tiny["data"] | {"train": size}}
-    sweeps = {"sizes": {"small": "small", "middle": "far", "large": "large"}}
+    sweeps = {"sizes": {"small": "small", "middle": "far", "large": "large", "plain": "small", "whole": "large"}}
     changed["active"] |= {"published": list(sizes), "analysed": ["far"], "sweeps": sweeps}
     changed["active"]["comparisons"] = {
         "more": {"notebook": "17_beyond_focal", "study": "small", "beside": "far"},
