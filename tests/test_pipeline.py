@@ -164,7 +164,7 @@ def test_published_runs_are_analysed_like_ones_own_and_swept_over_sizes(copy):
     assert chosen.index.tolist() == [100, 300, 500] and set(chosen["gamma in hindsight"]) <= {0, 1}
     assert chosen["ECE % AdaFocal"].notna().tolist() == [False, True, False]
     assert {path.name for path in figures.glob("*.png")} == {
-        f"{n}.png" for n in ("sweep", "training-side", "pairs", "which-loss")
+        f"{n}.png" for n in ("sweep", "training-side", "pairs", "schedules", "which-loss")
     }
 
     change = pd.read_csv(copy / "figures/less/18_augmentation/change.csv", index_col="loss")
