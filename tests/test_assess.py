@@ -75,6 +75,13 @@ def test_studies_are_kept_apart(compendium):
         assess.assess("mine", [Path("one.npz"), Path("two.npz")])
     with pytest.raises(ValueError, match="'fashion' is a study of params.yaml"):
         assess.assess("fashion", [Path("one.npz")])
+    for place in ("artifacts/stripped", "figures/gamma"):
+        kept = compendium / place / "kept.txt"
+        kept.parent.mkdir(parents=True)
+        kept.touch()
+        with pytest.raises(ValueError, match=f"{place} is there, and not from `compendium assess`; choose another"):
+            assess.assess(kept.parent.name, [Path("one.npz")])
+        assert kept.is_file()
 
 
 def test_a_file_that_is_missing_or_damaged_is_refused_in_one_sentence_that_does_not_speak_of_dvc(compendium):

@@ -109,6 +109,18 @@ def test_measure_gives_every_metric_under_every_scaling():
     assert value["val", "none", "nll"] == metrics.nll(*QUARTER)
 
 
+def test_a_masked_class_is_masked_in_every_measure():
+    """The middle class of three is never predicted: confidence is what is left for the larger of the others."""
+    z = np.log(np.array([[0.2, 0.7, 0.1], [0.3, 0.1, 0.6]]))
+    split = z, np.array([0, 0]), (1,)
+    rows = calibrate.measure({"test": split}, {"none": 1.0})
+    value = {row["metric"]: row["value"] for row in rows}
+    assert (value["error"], value["confidence"]) == (0.5, pytest.approx(0.4)) and value["ece"] == pytest.approx(0.7)
+    scaled = calibrate.after_scaling(split, split)
+    assert scaled["test_ece_scaled"] == pytest.approx(metrics.ece(z / scaled["val_temperature"], split[1], (1,)))
+    assert scaled["test_ece_scaled"] != pytest.approx(metrics.ece(z / scaled["val_temperature"], split[1]))
+
+
 def test_temperature_by_ece_of_masked_classes_is_the_first_minimum_of_the_grid():
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(700, 4)) * 3

@@ -25,12 +25,14 @@ def test_resamples_are_counts_of_draws_with_replacement():
 def test_a_resample_is_measured_as_if_it_were_a_test_set(sharp):
     logits, labels = sharp
     counts = evidence.resamples(700, 3)
-    resampled = evidence.resampled_metrics(logits, labels, counts)
-    for row, drawn in enumerate(counts.astype(int)):
-        again = np.repeat(np.arange(700), drawn)
-        for name, metric in metrics.METRICS.items():
-            tolerance = 4e-3 if name == "adaece" else 1e-5  # ties at its edges may fall on either side
-            assert resampled[name][row] == pytest.approx(metric(logits[again], labels[again]), abs=tolerance), name
+    for masked in ((), (1,)):
+        resampled = evidence.resampled_metrics(logits, labels, counts, masked=masked)
+        for row, drawn in enumerate(counts.astype(int)):
+            again = np.repeat(np.arange(700), drawn)
+            for name, metric in metrics.METRICS.items():
+                tolerance = 4e-3 if name == "adaece" else 1e-5  # ties at its edges may fall on either side
+                value = metric(logits[again], labels[again], masked)
+                assert resampled[name][row] == pytest.approx(value, abs=tolerance), name
 
 
 def test_the_interval_of_a_mean_is_that_of_theory():

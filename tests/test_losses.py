@@ -5,7 +5,9 @@ import pytest
 import torch
 from helpers import make_loss
 from sklearn.isotonic import isotonic_regression
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from focalcal import losses
 
@@ -50,6 +52,28 @@ def test_focal_at_gamma_zero_is_cross_entropy_and_brier_ends_at_two():
     smoothed = F.cross_entropy(z, y, reduction="none", label_smoothing=0.06 * 7 / 6)
     torch.testing.assert_close(losses.label_smoothing(z, y, 0.06), smoothed)
     assert losses.brier(torch.tensor([[40.0, -40.0]]), torch.tensor([1])).item() == pytest.approx(2)
+
+
+class NothingWaitsForTheGPU(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot record: a copy from the CPU, and an answer that the CPU waits for."""
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        result, name = operator(*arguments, **(options or {})), str(operator)
+        assert not name.startswith(("aten._local_scalar_dense", "aten.nonzero", "aten.lift_fresh")), name
+        moved = [x.device for x in arguments if isinstance(x, torch.Tensor)][:1]
+        assert "copy" not in name or moved == [result.device] or not moved, f"{name} copies from {moved[0]}"
+        return result
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_a_gpu_can_record_every_loss(name):
+    """On tensors without content, which say that they are a GPU's: so that this runs anywhere."""
+    with FakeTensorMode():
+        loss, gpu = make_loss(name), torch.device("cuda:0")
+        loss = loss.to(gpu) if isinstance(loss, torch.nn.Module) else loss
+        logits, labels = torch.empty(12, 5, device=gpu), torch.empty(12, dtype=torch.int64, device=gpu)
+        with NothingWaitsForTheGPU():
+            assert loss(logits, labels).device == gpu
 
 
 DETACHED = ("detached_focal", "bsce_gra", "aurc_hard")  # whose weight is not differentiated

@@ -158,11 +158,18 @@ def test_summary_repeats_the_metrics(random):
         (np.zeros((2, 2)), np.array([0, 2]), "labels must lie in 0..1"),
         (np.zeros((2, 2)), np.array([0.0, 1.0]), "integers"),
         (np.array([[0.0, np.nan]]), np.zeros(1, int), "NaN or infinite"),
+        (np.array([["1", "2"]]), np.zeros(1, int), "logits must be real numbers, got <U1"),
     ],
 )
 def test_bad_input_is_named(logits, labels, words):
     with pytest.raises(ValueError, match=words):
         metrics.ece(logits, labels)
+
+
+def test_whole_numbers_are_logits_too():
+    small, labels = np.array([[3, 5], [9, 1]], np.uint8), np.array([1, 0])
+    for metric in metrics.METRICS.values():
+        assert metric(small, labels) == metric(small.astype(float), labels)
 
 
 def test_a_masked_class_is_never_predicted_and_keeps_its_share():

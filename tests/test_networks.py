@@ -65,6 +65,8 @@ def test_the_head_keeps_its_precision_under_autocast():
         assert torch.nn.functional.linear(features, head.weight).dtype == torch.bfloat16
         assert torch.equal(head(features.bfloat16()), head(features.bfloat16().float()))
         assert head(features.bfloat16()).dtype == torch.float32
+    for name in networks.TEXT:
+        assert isinstance(networks.head(networks.make(name, 3, torch.randn(9, 100), 0)), networks.Head)
 
 
 def test_head_gradient_norms_against_autograd():

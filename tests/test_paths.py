@@ -73,6 +73,13 @@ def test_what_is_damaged_is_named_with_advice_that_fits(folder, damage):
     assert "dvc" not in str(problem.value) and "\n" not in str(problem.value)
 
 
+def test_a_single_array_is_no_npz_file(tmp_path):
+    with open(tmp_path / "logits.npz", "wb") as file:
+        np.save(file, np.zeros((20, 3)))
+    with pytest.raises(ValueError, match="a single array; np.savez writes several, with their names"):
+        paths.read_npz(tmp_path / "logits.npz")
+
+
 def test_arrays_come_back_and_equal_ones_give_equal_bytes(tmp_path):
     arrays = {"names": np.array(["a", "bc"]), "one": np.array(1), "logits": np.ones((2, 3), np.float16)[::-1]}
     for name in ("first", "second"):

@@ -1,5 +1,6 @@
 """Packing finished runs and publishing them."""
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import parameters, write_parameters
 
-from compendium import paths, publish
+from compendium import paths, publish, runs
 from compendium.__main__ import main
 from focalcal import metrics
 
@@ -97,6 +98,26 @@ def test_logits_that_half_precision_would_change_stay_as_they_are(tmp_path):
     paths.write_npz(path, val_logits=logits, val_labels=labels, test_logits=logits, test_labels=labels)
     before = path.read_bytes()
     assert not publish.halve_precision(path) and path.read_bytes() == before
+    far = logits - np.array([1e5, 0])  # beyond the range of half precision
+    paths.write_npz(path, val_logits=far, val_labels=labels, test_logits=far, test_labels=labels)
+    assert not publish.halve_precision(path)
+
+
+def test_a_masked_class_is_published_too(compendium):
+    run = paths.run("tiny", "brier", 0) / "logits.npz"
+    paths.write_npz(run, **paths.read_npz(run), masked=np.array([3]))
+    publish.pack("tiny")
+    published = publish.add(compendium / "tiny.tar") / "runs/brier/0/logits.npz"
+    assert runs.read_logits(published)["test"][2] == (3,)
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_files_that_are_links_into_a_cache_are_packed(compendium, link):
+    for number, path in enumerate(sorted(paths.study("tiny").glob("runs/*/*/*"))):
+        link(path.rename(compendium / f"cached-{number}"), path)
+        link(compendium / f"cached-{number}", compendium / f"another-{number}")
+    publish.pack("tiny")
+    assert len(list(publish.add(compendium / "tiny.tar").glob("runs/*/*/*.*"))) == 8
 
 
 def test_more_runs_are_added_and_others_results_refused(compendium):
@@ -108,6 +129,12 @@ def test_more_runs_are_added_and_others_results_refused(compendium):
     published = [f"{run.parent.name} {run.name}" for run in (compendium / "published/tiny").glob("runs/*/*")]
     assert sorted(published) == ["brier 0", "focal3 1", "focal3 2"]
     finished("focal3", 2, nll=0.3)
+    publish.pack("tiny")
+    with pytest.raises(ValueError, match="focal3/2 is published already, with other results; delete it first"):
+        publish.add(compendium / "tiny.tar")
+    finished("focal3", 2)
+    logits = paths.run("tiny", "focal3", 2) / "logits.npz"
+    paths.write_npz(logits, **paths.read_npz(logits) | {"test_labels": np.arange(3000) % 4})
     publish.pack("tiny")
     with pytest.raises(ValueError, match="focal3/2 is published already, with other results; delete it first"):
         publish.add(compendium / "tiny.tar")

@@ -118,6 +118,13 @@ def test_logits_are_checked(study):
         runs.logits("tiny", "focal1", 0)
 
 
+def test_a_masked_class_stays_with_the_logits(study):
+    path = paths.run("tiny", "focal1", 0) / "logits.npz"
+    paths.write_npz(path, **paths.read_npz(path), masked=np.array([1]))
+    assert [split[2] for split in runs.logits("tiny", "focal1", 0).values()] == [(1,), (1,)]
+    assert [split[2] for split in runs.logits("tiny", "focal1", 1).values()] == [(), ()]
+
+
 def test_gradients_and_what_networks_were_not_trained_on(study):
     epochs, norms = runs.gradients("tiny", "focal1", 0)
     assert epochs == [1, 2] and norms.shape == (2, 5) and norms.dtype == np.float32
@@ -201,3 +208,8 @@ def test_the_training_set_s_side_with_and_without_mean_confidences_in_one_study(
     both = runs.training_side("tiny")
     assert both.loc[("adafocal", 0)].tolist() == pytest.approx([-0.06, 0.9 - 0.85, 0.11])
     assert both.loc[("focal1", 0)].tolist() == pytest.approx([0.9 - 0.96, 0.92 - 0.9, 0.08])
+    logits = paths.run("tiny", "focal1", 0) / "logits.npz"
+    paths.write_npz(logits, **paths.read_npz(logits), epoch=np.array(1))  # the epoch that is kept is not the last
+    kept = runs.training_side("tiny")
+    assert kept.loc[("focal1", 0)].tolist() == pytest.approx([0.5 - 0.6, 0.5 - 0.5, 0.1])
+    assert kept.loc[("focal1", 1)].tolist() == both.loc[("focal1", 1)].tolist()

@@ -78,6 +78,8 @@ def test_settings_are_those_of_the_engine_and_can_be_replaced(write):
         ("studies.tiny.exceptions", {"focal1": None}, "studies.tiny.exceptions: input should be a valid dictionary"),
         ("studies.tiny.training_", {}, "studies.tiny has no setting 'training_'; it has: data, training, exceptions"),
         ("studies.tiny", {"data": {}}, "'training' is missing in params.yaml; looked in studies.tiny"),
+        ("studies.tiny.exceptions", {"focul1": {"clip": 1}}, "tiny.exceptions.focul1: no loss under shared.losses has"),
+        ("shared.protocol", {True: 3}, "shared.protocol in params.yaml has True for a name; put it in quotation marks"),
         ("studies.tiny", 3, "studies.tiny in params.yaml must consist of 'name: value' settings, got 3"),
         ("shared.losses.focal1", 3, "shared.losses.focal1 in params.yaml must consist of 'name: value' settings"),
         ("shared.losses", {}, "Unknown loss 'focal1'; params.yaml lists under shared.losses: "),
@@ -89,6 +91,28 @@ def test_bad_settings_are_named(write, path, value, words):
     with pytest.raises(ValueError, match=words) as problem:
         settings.training("tiny", "focal1")
     assert "\n" not in str(problem.value)
+
+
+def test_what_is_active_is_checked(write):
+    for given, words in (
+        ({"seed": [3]}, "active in params.yaml has no 'seed'; it has: analysed, comparisons, "),
+        ({"seeds": 3}, "active.seeds in params.yaml must be a list, got 3"),
+        ({"losses": [["focal1"]]}, r"active.losses in params.yaml must be a list of single names or numbers, got \[\["),
+    ):
+        write({"active": given})
+        with pytest.raises(ValueError, match=words):
+            settings.active()
+    write({"studies.tiny.data.dataset": ["digits"]})
+    with pytest.raises(
+        ValueError, match=r"studies.tiny.data.dataset in params.yaml must be one name, got \['digits'\]"
+    ):
+        settings.data("tiny")
+
+
+def test_params_that_are_no_blocks(write, tmp_path):
+    (tmp_path / "params.yaml").write_text("- active\n")
+    with pytest.raises(ValueError, match="All in params.yaml must consist of 'name: value' settings, got"):
+        settings.params()
 
 
 def test_a_block_may_be_empty(write):

@@ -39,7 +39,11 @@ def here(made, tmp_path, monkeypatch):
     return folder
 
 
-def test_the_same_run_again_is_equal_and_leaves_nothing(here, capsys):
+def test_the_same_run_again_is_equal_and_leaves_nothing(here, capsys, monkeypatch):
+    monkeypatch.setenv("FOCALCAL_SCRATCH", str(here / "elsewhere"))
+    checkpoint = here / "elsewhere/tiny/focal1-0/key/00001-0.safetensors"  # of a training that was interrupted
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
     before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
     assert main(["verify", "tiny", "focal1", "0"]) == 0
     printed = capsys.readouterr().out

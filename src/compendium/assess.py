@@ -45,7 +45,7 @@ def assess(study: str, files: list[Path]) -> None:
     """Execute the chapters for these models; nothing is written before every file has been found good."""
     if not re.fullmatch(r"[\w-]+", study):
         raise ValueError(f"A study's name consists of letters, digits, _ and -, got '{study}'.")
-    if study in settings.params()["studies"]:
+    if study in settings.params().get("studies", {}):
         raise ValueError(f"'{study}' is a study of params.yaml; choose another name.")
     models = {path.stem: read(path) for path in files}
     if len(models) < len(files):
@@ -54,7 +54,13 @@ def assess(study: str, files: list[Path]) -> None:
     for name, arrays in others:
         if not np.array_equal(arrays["test_labels"], reference["test_labels"]):
             raise ValueError(f"The test labels of {name} and {first} differ; assess them as two studies.")
+    mark = paths.study(study) / "assessed.txt"  # tells what this function made from what the pipeline made
+    for place in (paths.study(study), paths.root() / "figures" / study):
+        if place.exists() and not mark.is_file():
+            raise ValueError(f"{place} is there, and not from `compendium assess`; choose another name.")
     shutil.rmtree(paths.study(study), ignore_errors=True)
+    with paths.atomic(mark) as part:
+        part.write_text("".join(f"{path}\n" for path in files))
     for name, arrays in models.items():
         paths.write_npz(paths.run(study, name, 0) / "logits.npz", **arrays)
     for chapter in CHAPTERS:

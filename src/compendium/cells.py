@@ -57,9 +57,9 @@ def error_verdict(ours: float, paper: float, samples: int, sd: float) -> str:
 
 
 def repeated() -> dict[tuple[str, str], str]:
-    """The studies here that repeat a published data set and network and have results: (dataset, network) -> study."""
-    found = {}
-    for study in settings.params()["studies"]:
+    """The active studies that repeat a published data set and network and have results: (dataset, network) -> study."""
+    found, chosen = {}, settings.active()
+    for study in chosen["studies"] + chosen["published"]:
         if runs.repeats_papers(study) and (paths.study(study) / "metrics.csv").is_file():
             found.setdefault(runs.data_and_network(study), study)
     return found

@@ -30,9 +30,10 @@ def claim(study: str, loss: str, seed: int, key: str):
     Raises RuntimeError if another process is in such a block for the same study, loss and seed.
     """
     folder = paths.scratch() / study / f"{loss}-{seed}"
-    (folder / key).mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder.with_name(f"{folder.name}.lock"), timeout=0):
+            (folder / key).mkdir(parents=True, exist_ok=True)
             yield folder / key
             if receipt := os.environ.get("FOCALCAL_KEEP_CHECKPOINTS"):
                 Path(receipt).write_text(str(folder))

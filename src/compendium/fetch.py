@@ -182,9 +182,12 @@ def _from_environment(name: str, folder: Path) -> str | None:
     problem = _copy_from(source, name, folder)
     archives = sorted(source.rglob(f"{name.replace('cifar', 'cifar-')}-python.tar.gz"))
     if problem and archives:
-        with tempfile.TemporaryDirectory() as scratch, tarfile.open(archives[0]) as archive:
-            paths.unpack(archive, scratch)
-            return _copy_from(Path(scratch), name, folder)
+        try:
+            with tempfile.TemporaryDirectory() as scratch, tarfile.open(archives[0]) as archive:
+                paths.unpack(archive, scratch)
+                return _copy_from(Path(scratch), name, folder)
+        except (tarfile.TarError, EOFError, OSError) as damage:
+            return f"{archives[0]} is damaged ({damage})"
     return problem
 
 

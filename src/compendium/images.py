@@ -71,9 +71,9 @@ def svhn() -> dict:
     """SVHN, cropped digits (Netzer et al. 2011): 73,257 + 26,032 colour 32x32 images of house numbers."""
     from scipy.io import loadmat
 
-    arrays = {}
+    arrays, content = {}, fetch.verified("svhn")
     for split in ("train", "test"):
-        raw = loadmat(io.BytesIO(fetch.verified("svhn")[f"{split}_32x32.mat"]))
+        raw = loadmat(io.BytesIO(content[f"{split}_32x32.mat"]))
         arrays[f"{split}_images"] = np.ascontiguousarray(raw["X"].transpose(3, 0, 1, 2))
         arrays[f"{split}_labels"] = raw["y"][:, 0].astype(np.int64) % 10  # there, 10 stands for the digit 0
     return arrays | {"classes": tuple(str(digit) for digit in range(10))}

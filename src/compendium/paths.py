@@ -89,7 +89,10 @@ def _is_artifact(path: Path) -> bool:
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an .npz file; ValueError, naming the file, if it is truncated or damaged."""
     try:
-        with np.load(existing(path)) as file:
+        file = np.load(existing(path))
+        if isinstance(file, np.ndarray):
+            raise ValueError("a single array; np.savez writes several, with their names")
+        with file:
             return {name: file[name] for name in file.files}
     except (zipfile.BadZipFile, ValueError, EOFError) as problem:
         ours = "delete it and run `dvc checkout` or `dvc repro`"

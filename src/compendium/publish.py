@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from compendium import paths, settings
-from focalcal import calibrate, metrics
+from compendium import paths, runs, settings
+from focalcal import calibrate
 
 RUN_FILES = ("history.csv", "logits.npz", "gradients.npz")  # and of images shifted.npz, where chapter 9 is wanted
 TOLERANCE = 1e-4  # by which half-precision logits may change a metric
 MEMBER = re.compile(
-    r"[\w.-]+/(runs/\w+/\d+/\w+\.(csv|npz)|(provenance|models)/\w+-\d+\.(json|safetensors)|params\.yaml)"
+    r"[\w.-]+/(runs/[\w.-]+/\d+/\w+\.(csv|npz)|(provenance|models)/[\w.-]+-\d+\.(json|safetensors)|params\.yaml)"
 )
 
 
@@ -31,7 +31,7 @@ def pack(study: str, out: Path | None = None, weights: bool = False, shifted: bo
     lack a file are named and left out. Raises FileNotFoundError if there is none.
     """
     out, folder, found = out or Path(f"{study}.tar"), paths.study(study), 0
-    with paths.atomic(out) as part, tarfile.open(part, "w") as archive:
+    with paths.atomic(out) as part, tarfile.open(part, "w", dereference=True) as archive:
         for run in sorted(folder.glob("runs/*/*")):
             loss, seed = run.parent.name, run.name
             beside = [folder / "provenance" / f"{loss}-{seed}.json"]
@@ -57,15 +57,15 @@ def halve_precision(path: Path) -> bool:
 
     Compared are all metrics of both splits, as trained and under either temperature. Returns whether it was done.
     """
-    file = paths.read_npz(path)
-    splits, masked = {}, tuple(file["masked"].tolist()) if "masked" in file else ()
-    for split in ("val", "test"):
-        splits[split] = *metrics.check(file[f"{split}_logits"], file[f"{split}_labels"]), masked
-    half = {s: ((z - z.max(axis=1, keepdims=True)).astype(np.float16), *rest) for s, (z, *rest) in splits.items()}
+    file, splits = paths.read_npz(path), runs.read_logits(path)
+    half = {}
+    for split, (logits, *rest) in splits.items():
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        if shifted.min() < np.finfo(np.float16).min:
+            return False
+        half[split] = shifted.astype(np.float16), *rest
     chosen = calibrate.temperatures(*splits["val"])
-    before, after = (
-        calibrate.measure({s: (*metrics.check(*p[:2]), masked) for s, p in d.items()}, chosen) for d in (splits, half)
-    )
+    before, after = (calibrate.measure(of, chosen) for of in (splits, half))
     if max(abs(a["value"] - b["value"]) for a, b in zip(before, after, strict=True)) > TOLERANCE:
         return False
     paths.write_npz(path, **file | {f"{split}_logits": pair[0] for split, pair in half.items()})
@@ -83,11 +83,10 @@ def _checked(run: Path) -> None:
     for name in RUN_FILES:
         if not (run / name).is_file():
             raise ValueError(f"{run.parent.name}, seed {run.name}: {name} is missing in the packed file.")
-    history, file = pd.read_csv(run / "history.csv"), paths.read_npz(run / "logits.npz")
+    history = pd.read_csv(run / "history.csv")
     if history.epoch.tolist() != list(range(1, len(history) + 1)) or not np.isfinite(history.test_nll).all():
         raise ValueError(f"{run.parent.name}, seed {run.name}: history.csv does not hold every epoch once.")
-    for split in ("val", "test"):
-        metrics.check(file[f"{split}_logits"], file[f"{split}_labels"])
+    runs.read_logits(run / "logits.npz")
 
 
 def add(archive: Path) -> Path:
@@ -114,14 +113,17 @@ def add(archive: Path) -> Path:
         if target.with_name(f"{study}.dvc").is_file() and not target.is_dir():
             raise ValueError(f"{target} is not here; run `dvc pull published/{study}.dvc` first, to add to it.")
         found = sorted(source.glob("runs/*/*"))
+        if not found:
+            raise ValueError(f"{archive} holds no run.")
         for run in found:
             _checked(run)
-            there = target / run.relative_to(source)
-            if there.is_dir() and (there / "history.csv").read_bytes() != (run / "history.csv").read_bytes():
-                raise ValueError(f"{there} is published already, with other results; delete it first to replace it.")
         for run in found:
             half = halve_precision(run / "logits.npz")
             print(f"{study}, {run.parent.name}, seed {run.name}: logits in {'half' if half else 'single'} precision")
+            there = target / run.relative_to(source)
+            same = [(there / n).read_bytes() == (run / n).read_bytes() for n in RUN_FILES[:2] if there.is_dir()]
+            if not all(same):
+                raise ValueError(f"{there} is published already, with other results; delete it first to replace it.")
             if run.name != "0" and (run / "shifted.npz").is_file():
                 leave_weaker_noise_out(run / "shifted.npz")
         shutil.copytree(source, target, dirs_exist_ok=True)

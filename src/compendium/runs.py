@@ -1,5 +1,7 @@
 """Reading what the pipeline left: histories, logits, temperatures and metrics of a study, without training."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
@@ -70,12 +72,17 @@ def curves(history: pd.DataFrame, column: str, how: str = "mean") -> pd.DataFram
 
 
 def training_side(study: str, only=()) -> pd.DataFrame:
-    """Overconfidence, mean confidence less accuracy, when a training ends: train, test and gap, their difference.
+    """Overconfidence, mean confidence less accuracy, after the epoch that is kept: train, test and gap, the difference.
 
-    A row per loss and seed. Histories of older code have no mean confidence; minus the ECE of the training set stands
-    in: the same where every bin is right more often than it says. only: as for ``pairs``.
+    A row per loss and seed. Where the training set was not evaluated then, train is of the last time before. Histories
+    of older code have no mean confidence; minus the ECE of the training set stands in: the same where every bin is
+    right more often than it says. only: as for ``pairs``.
     """
-    ends = history(study, only).groupby(["loss", "seed"], sort=False).last()
+    table, kept = history(study, only), {}
+    for run in pairs(study, only):
+        kept[run] = paths.read_npz(paths.run(study, *run) / "logits.npz").get("epoch", np.inf)  # older: the last
+    until = [kept[run] for run in zip(table.loss, table.seed, strict=True)]
+    ends = table[table.epoch <= until].groupby(["loss", "seed"], sort=False).last()
     tested = metrics(study, only).query("split == 'test' and scaling == 'none'")
     tested = tested.pivot_table("value", ["loss", "seed"], "metric", sort=False)
     table = pd.DataFrame({"train": -ends.train_ece, "test": tested.confidence - 1 + tested.error}, index=ends.index)
@@ -86,8 +93,15 @@ def training_side(study: str, only=()) -> pd.DataFrame:
 
 
 def logits(study: str, loss: str, seed: int) -> dict[str, tuple]:
-    """Checked (logits, labels, masked) of the val and test split, as every metric takes them; see focalcal.metrics."""
-    path = paths.run(study, loss, seed) / "logits.npz"
+    """What ``read_logits`` gives of a run."""
+    return read_logits(paths.run(study, loss, seed) / "logits.npz")
+
+
+def read_logits(path: Path) -> dict[str, tuple]:
+    """Checked (logits, labels, masked) of the val and test split, as every metric takes them; see focalcal.metrics.
+
+    ValueError, naming the file, if they are not there or no logits.
+    """
     file = paths.read_npz(path)
     try:
         masked = tuple(file["masked"].tolist()) if "masked" in file else ()

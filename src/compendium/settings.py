@@ -12,6 +12,8 @@ from pydantic.dataclasses import dataclass as checked
 
 from compendium import paths
 
+ACTIVE = {"studies", "headline", "published", "analysed", "sweeps", "repeats", "detectors", "comparisons"}
+ACTIVE |= {"losses", "seeds"}
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -72,9 +74,10 @@ def names(kind) -> list[str]:
 def params() -> dict:
     """params.yaml as a dictionary."""
     try:
-        return yaml.safe_load((paths.root() / "params.yaml").read_text()) or {}
+        values = yaml.load((paths.root() / "params.yaml").read_text(), yaml.CSafeLoader)
     except yaml.YAMLError as problem:
         raise ValueError(f"params.yaml is not YAML: {' '.join(str(problem).split())}.") from None
+    return block({"params.yaml": values}, "params.yaml", "All")
 
 
 def block(parent: dict, name: str, place: str) -> dict:
@@ -82,16 +85,22 @@ def block(parent: dict, name: str, place: str) -> dict:
     found = {} if parent.get(name) is None else parent[name]
     if not isinstance(found, dict):
         raise ValueError(f"{place} in params.yaml must consist of 'name: value' settings, got {found!r}.")
+    if bad := [key for key in found if not isinstance(key, str)]:
+        raise ValueError(f"{place} in params.yaml has {bad[0]!r} for a name; put it in quotation marks.")
     return found
 
 
 def active() -> dict:
     """The block ``active`` of params.yaml: lists, of which a missing one is empty, and the mapping ``sweeps``."""
     given = block(params(), "active", "active")
+    if unknown := set(given) - ACTIVE:
+        raise ValueError(f"active in params.yaml has no '{min(unknown)}'; it has: {', '.join(sorted(ACTIVE))}.")
     chosen = {name: given.get(name) or [] for name in ("studies", "published", "analysed", "losses", "seeds")}
     for name, values in chosen.items():
         if not isinstance(values, list):
             raise ValueError(f"active.{name} in params.yaml must be a list, got {values!r}.")
+        if any(isinstance(value, list | dict) for value in values):
+            raise ValueError(f"active.{name} in params.yaml must be a list of single names or numbers, got {values!r}.")
     if both := set(chosen["studies"]) & set(chosen["published"]):
         raise ValueError(
             f"'{min(both)}' stands under active.studies and active.published in params.yaml: its runs are either "
@@ -116,7 +125,10 @@ def _study(values: dict, name: str) -> Study:
 def data(name: str) -> Data:
     """Data settings of a study: its own over shared.datasets.<dataset>."""
     values = params()
-    own, datasets = _study(values, name).data, block(block(values, "shared", "shared"), "datasets", "shared.datasets")
+    own = _study(values, name).data
+    if not isinstance(own.get("dataset", ""), str):
+        raise ValueError(f"studies.{name}.data.dataset in params.yaml must be one name, got {own['dataset']!r}.")
+    datasets = block(block(values, "shared", "shared"), "datasets", "shared.datasets")
     place = f"shared.datasets.{own.get('dataset')}"
     common = block(datasets, own.get("dataset"), place)
     return build(Data, common | own, dict.fromkeys(common, place) | dict.fromkeys(own, f"studies.{name}.data"))
@@ -136,6 +148,8 @@ def training(name: str, loss: str):
     known_losses = block(shared, "losses", "shared.losses")
     if loss not in known_losses:
         raise ValueError(f"Unknown loss '{loss}'; params.yaml lists under shared.losses: {', '.join(known_losses)}.")
+    if unknown := set(entry.exceptions) - set(known_losses):
+        raise ValueError(f"studies.{name}.exceptions.{min(unknown)}: no loss under shared.losses has this name.")
     blocks = {
         "shared.protocol": block(shared, "protocol", "shared.protocol"),
         f"studies.{name}.training": entry.training,

@@ -200,10 +200,10 @@ def sst(config: Data) -> dict[str, np.ndarray]:
     neutral phrases stay. The vocabulary is that of all sentences, case kept; words without a vector are drawn from
     N(-0.05, 0.05^2), as published. Arrays: those of feed.Trees by split; masked; embedding; classes.
     """
-    splits = {}
+    splits, content = {}, fetch.verified("sst")
     for name, file in (("train", "train"), ("val", "dev"), ("test", "test")):
         path = f"trees/{file}.txt"
-        splits[name] = trees(fetch.verified("sst")[f"{file}.txt"].decode("utf-8"), f"data/sst/{path}")
+        splits[name] = trees(content[f"{file}.txt"].decode("utf-8"), f"data/sst/{path}")
     tokens = [word for found in splits.values() for tree in found for word in tree["words"] if word is not None]
     number = {word: i for i, word in enumerate(dict.fromkeys(tokens))}
     to_class = np.array([0, 0, 1, 2, 2])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import tempfile
 from contextlib import chdir
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from compendium import paths, prepare, publish, runs, settings, trainings
-from focalcal import calibrate, devices, feed, metrics
+from focalcal import calibrate, devices, feed
 from focalcal.train import Training
 
 MACHINE = ("commit", "python", "torch", "numpy", "device", "cpu", "cpu_capability", "threads")
@@ -25,9 +26,7 @@ def judged(theirs: float, ours: float, sd: float) -> str:
 
 def measured(folder: Path) -> dict[str, float]:
     """Metrics and temperatures of a run, at most to the digits that publishing keeps: test set, before and after."""
-    file = paths.read_npz(folder / "logits.npz")
-    masked = tuple(file["masked"].tolist()) if "masked" in file else ()
-    splits = {s: (*metrics.check(file[f"{s}_logits"], file[f"{s}_labels"]), masked) for s in runs.SPLITS}
+    splits = runs.read_logits(folder / "logits.npz")
     chosen = calibrate.temperatures(*splits["val"])
     rows = calibrate.measure({"test": splits["test"]}, chosen)
     found = {f"{row['metric']}, {row['scaling']}": row["value"] for row in rows if row["metric"] != "confidence"}
@@ -59,11 +58,15 @@ def verify(study: str, loss: str, seed: int) -> int:
     said = json.loads(record.read_text())
     if "settings" not in said:
         raise ValueError(f"{record} does not say with which settings it was trained, so it cannot be repeated.")
-    config = Training(**said["settings"] | {"threads": said["threads"]})
+    try:
+        config = Training(**said["settings"] | {"threads": said["threads"]})
+    except TypeError as problem:
+        raise ValueError(f"{record} was written by other code and cannot be repeated by this: {problem}.") from None
     job, on = trainings.Job(study, loss, seed, config, said["loss_settings"]), devices.device()
     prepared, theirs, sd = arrays(study), measured(run), deviations(study, loss)
     with tempfile.TemporaryDirectory() as scratch, chdir(scratch):
         Path("dvc.yaml").touch()  # a compendium of its own, to train in
+        os.environ.pop("FOCALCAL_SCRATCH", None)  # checkpoints of other trainings are there
         paths.write_npz(paths.prepared(study), **prepared)
         trainings.complete([job], [trainings.new_run(job, prepared, on)], feed.splits(prepared, on), prepared)
         folder = paths.run(study, loss, seed)

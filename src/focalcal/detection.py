@@ -26,7 +26,7 @@ def scenes(images, labels, count: int, seed: int, size: int = 64, sides=(16, 32)
     images: uint8 (N, H, W); labels: (N,). sides: smallest and largest side in pixels to which an image is scaled;
     overlap: largest share of the smaller of two boxes that may be common. Returns canvases, uint8 (count, size, size),
     and for each its boxes, (n, 4), tight around the pixels from INK on, and labels, int64 (n,). ValueError if images do
-    not fit.
+    not fit or are blank.
     """
     if not 2 <= sides[0] <= sides[1] <= size:
         raise ValueError(f"scenes: sides must rise, from 2 to at most {size}, got {sides}.")
@@ -55,6 +55,8 @@ def _scaled(image: np.ndarray, side: int) -> np.ndarray:
     as_float = torch.from_numpy(image.astype(np.float32))[None, None]
     scaled = F.interpolate(as_float, (side, side), mode="bilinear", antialias=True)[0, 0].round().byte().numpy()
     rows, columns = (np.flatnonzero((scaled >= INK).any(axis=axis)) for axis in (1, 0))
+    if not len(rows):
+        raise ValueError(f"scenes: an image scaled to {side} pixels has none from {INK} on.")
     return scaled[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
@@ -225,16 +227,21 @@ def best_ious(found: list[dict], boxes: list[Tensor], labels: list[Tensor]) -> t
 
     fit = [torch.zeros(0)]
     for one, these, kinds in zip(found, boxes, labels, strict=True):
-        fit.append((box_iou(one["boxes"], these) * (one["labels"][:, None] == kinds)).amax(dim=1))
+        overlap = box_iou(one["boxes"], these) * (one["labels"][:, None] == kinds)
+        fit.append(overlap.amax(dim=1) if len(these) else torch.zeros(len(overlap)))
     return torch.cat([one["scores"] for one in found]).double().numpy(), torch.cat(fit).double().numpy()
 
 
 def quality_calibration(scores, ious, bins: int = 15) -> dict[str, float]:
     """How far scores are from the IoU: gap, as ECE has it, bias, mean score less mean IoU, and Spearman's rank.
 
-    gap: mean over ``bins`` bins of equal width of |mean score - mean IoU|, weighted by the bins' counts.
+    gap: mean over ``bins`` bins of equal width of |mean score - mean IoU|, weighted by the bins' counts. ValueError for
+    fewer than two detections.
     """
     from scipy.stats import spearmanr
+
+    if len(scores) < 2:
+        raise ValueError(f"quality_calibration: {len(scores)} detections; 2 or more are needed.")
 
     _, said, true = bin_sums(scores, ious, equal_width_edges(bins))
     gap, bias = np.abs(said - true).sum() / len(scores), (said - true).sum() / len(scores)
@@ -267,7 +274,7 @@ def _hits(one: dict, boxes: Tensor, labels: Tensor) -> np.ndarray:
     fit = (box_iou(one["boxes"], boxes) * (one["labels"][:, None] == labels)).numpy()
     free, hits = np.ones((len(THRESHOLDS), len(boxes)), bool), np.zeros((len(fit), len(THRESHOLDS)), bool)
     every = np.arange(len(THRESHOLDS))
-    for number in np.argsort(-one["scores"].numpy(), kind="stable"):
+    for number in np.argsort(-one["scores"].numpy(), kind="stable") if len(boxes) else ():
         best = np.where(free, fit[number], -1.0)
         taken = best.argmax(axis=1)
         hits[number] = best[every, taken] >= THRESHOLDS

@@ -8,7 +8,10 @@ import torch  # noqa: E402
 
 
 def device() -> torch.device:
-    """cuda, mps or cpu, the first that is there; the environment variable FOCALCAL_DEVICE overrides."""
+    """cuda, mps or cpu, the first that is there; the environment variable FOCALCAL_DEVICE overrides.
+
+    ValueError if that names what is not there.
+    """
     wanted = os.environ.get("FOCALCAL_DEVICE", "auto")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     usable = [name for name, ok in there.items() if ok]
@@ -28,4 +31,5 @@ def set_numerics(fast: bool, on: torch.device, threads: int | None) -> None:
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = not fast, fast
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = fast
     if on.type == "cuda":
+        torch.cuda.set_device(on)  # streams and graphs are made on the current one
         torch.use_deterministic_algorithms(not fast, warn_only=True)

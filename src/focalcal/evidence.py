@@ -66,13 +66,12 @@ def _equal_mass(confidence, residual, counts, bins: int) -> np.ndarray:
 
 def _classwise(probs, labels, counts, bins: int) -> np.ndarray:
     """Classwise ECE on every resample, over the classes 0..max(label)."""
-    n, errors = len(labels), np.zeros(len(counts))
-    for k in range(labels.max() + 1):
-        index = metrics.equal_width_index(probs[:, k], bins)
-        inside = np.zeros((n, bins), np.float32)
-        inside[np.arange(n), index] = probs[:, k] - (labels == k)
-        errors += np.abs(counts @ inside).sum(axis=1)
-    return errors / n / (labels.max() + 1)
+    n, classes = len(labels), np.arange(labels.max() + 1)
+    probs = probs[:, classes]
+    index = metrics.equal_width_index(probs, bins) + bins * classes
+    inside = np.zeros((n, bins * len(classes)), np.float32)
+    np.put_along_axis(inside, index, probs - (labels[:, None] == classes), axis=1)
+    return np.abs(counts @ inside).sum(axis=1) / n / len(classes)
 
 
 def interval(value: float, resampled: np.ndarray, metric: str) -> tuple[float, float]:
@@ -92,8 +91,8 @@ def difference(ours: np.ndarray, theirs: np.ndarray, resampled_ours, resampled_t
     ours, theirs: a value per seed (S,); resampled_*: (S, resamples), from the same resamples. The standard error joins
     that of the test set (bootstrap of the mean over seeds) and that of the seeds (their differences' standard deviation
     / sqrt(S)); with one seed the second is unknown and left out. Student's t with Satterthwaite's degrees of freedom
-    (``freedom``; infinite with one seed). Far in its tail, below SMALLEST, that is no approximation any more. Where one
-    has more seeds, the first that both have count.
+    (``freedom``; infinite with one seed). Far in its tail, below SMALLEST, that is no approximation any more. Values in
+    one place are of one seed; where one loss has more seeds, the first ones count.
     """
     seeds = min(len(ours), len(theirs))
     gap = np.asarray(ours)[:seeds] - np.asarray(theirs)[:seeds]

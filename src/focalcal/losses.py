@@ -8,7 +8,9 @@ focal), ICML 2023; [W] Wang et al. (inverse focal), NeurIPS 2021; [K] Kumar et a
 2022; [B] Lin et al. (BSCE-GRA), CVPR 2025; [F] Liang et al. (focal calibration loss), arXiv 2410.18321; [Q] Li et al.
 (generalized focal loss), NeurIPS 2020. p is the predicted probability of the true class throughout.
 
-A new loss is one function here and one line in ``LOSSES``; params.yaml then names it.
+A new loss is one function here and one line in ``LOSSES``; params.yaml then names it. On a GPU a step is recorded once
+and replayed: a loss copies nothing from the CPU and asks for no ``.item()``, and what changes from epoch to epoch is a
+registered buffer that is written in place.
 """
 
 import inspect
@@ -222,7 +224,7 @@ def aurc_hard(logits: Tensor, labels: Tensor) -> Tensor:
     """
     n = len(labels)
     rank = _negative_entropy(logits.detach()).argsort(stable=True).argsort() + 1
-    weight = torch.digamma(logits.new_tensor(n + 1)) - torch.digamma((n - rank + 1).to(logits.dtype))
+    weight = torch.digamma(logits.new_full((), n + 1)) - torch.digamma((n - rank + 1).to(logits.dtype))
     return weight * cross_entropy(logits, labels)
 
 

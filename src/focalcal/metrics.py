@@ -24,6 +24,10 @@ def check(logits, labels) -> tuple[np.ndarray, np.ndarray]:
 def _checked(logits, labels) -> tuple[np.ndarray, np.ndarray]:
     """As ``check``, but in the precision given."""
     logits, labels = np.asarray(logits), np.asarray(labels)
+    if logits.dtype.kind in "biu":
+        logits = logits.astype(np.float64)  # differences of small integers wrap around
+    if logits.dtype.kind != "f":
+        raise ValueError(f"logits must be real numbers, got {logits.dtype}.")
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(f"logits must have shape (samples, classes) with 2 classes or more, got {logits.shape}.")
     if labels.shape != (len(logits),):
@@ -56,7 +60,10 @@ def predictions(logits: np.ndarray, masked=()) -> np.ndarray:
 
 
 def confidence_correct(logits, labels, masked=()) -> tuple[np.ndarray, np.ndarray]:
-    """What every top-label metric needs: confidence (N,) float32 in [1/K, 1] and correct (N,) bool."""
+    """What every top-label metric needs: confidence (N,) float32 and correct (N,) bool.
+
+    Confidence lies in [1/K, 1]; where a masked class is likelier, it may be less.
+    """
     logits, labels = _checked(logits, labels)
     confidence, predicted, _ = _softmax(logits, masked)
     return confidence, predicted == labels

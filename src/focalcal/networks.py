@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from focalcal import text
-
 
 class Head(nn.Linear):
     """The classifier: a linear layer that keeps its weights' precision under autocast."""
@@ -126,6 +124,20 @@ def densenet121(num_classes: int, in_channels: int = 3) -> nn.Module:
     return _default_initialisation(model)
 
 
+def global_pool_cnn(num_classes: int, embedding: Tensor) -> nn.Module:
+    """The convolutional network of [M] on documents, see ``text``."""
+    from focalcal import text  # which has its heads from here
+
+    return text.GlobalPoolCNN(num_classes, embedding)
+
+
+def tree_lstm(num_classes: int, embedding: Tensor) -> nn.Module:
+    """The Tree-LSTM of [M] on parsed sentences, see ``text``."""
+    from focalcal import text
+
+    return text.TreeLSTM(num_classes, embedding)
+
+
 NETWORKS = {
     "small_resnet": small_resnet,
     "resnet20": resnet20,
@@ -134,8 +146,8 @@ NETWORKS = {
     "resnet110": resnet110,
     "wide_resnet26_10": wide_resnet26_10,
     "densenet121": densenet121,
-    "global_pool_cnn": text.GlobalPoolCNN,
-    "tree_lstm": text.TreeLSTM,
+    "global_pool_cnn": global_pool_cnn,
+    "tree_lstm": tree_lstm,
 }
 TEXT = ("global_pool_cnn", "tree_lstm")  # of these, those that read text
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from focalcal.feed import TreeBatch
+from focalcal.networks import Head
 
 RECEPTIVE_FIELD = 21  # positions that one feature of the convolutional network sees: 3 convolutions, 2 pools, of 5 each
 GROUP = 3000  # positions that go through the convolutions at once on a CPU; larger groups fall out of its cache
@@ -24,7 +25,7 @@ class GlobalPoolCNN(nn.Module):
         super().__init__()
         self.register_buffer("embedding", embedding, persistent=False)
         self.convolutions = nn.ModuleList([nn.Conv2d(width, 128, (1, 5)) for width in (embedding.shape[1], 128, 128)])
-        self.hidden, self.dropout, self.head = nn.Linear(128, 128), nn.Dropout(0.3), nn.Linear(128, num_classes)
+        self.hidden, self.dropout, self.head = nn.Linear(128, 128), nn.Dropout(0.3), Head(128, num_classes)
 
     def features(self, tokens: Tensor) -> Tensor:
         """(n, 128) from tokens (n, L); ValueError for L below RECEPTIVE_FIELD.
@@ -82,7 +83,7 @@ class TreeLSTM(nn.Module):
         self.embedding = nn.Embedding.from_pretrained(embedding.clone(), freeze=False)
         self.leaf_cell, self.leaf_gate = (nn.Linear(embedding.shape[1], memory) for _ in range(2))
         self.from_left, self.from_right = (nn.Linear(memory, 4 * memory) for _ in range(2))  # i, f left, f right, u
-        self.dropout, self.head = nn.Dropout(0.5), nn.Linear(memory, num_classes)
+        self.dropout, self.head = nn.Dropout(0.5), Head(memory, num_classes)
 
     def forward(self, trees: TreeBatch) -> Tensor:
         x = self.embedding(trees.words)

@@ -20,7 +20,7 @@ from focalcal import calibrate, devices, metrics, networks, optimizers
 from focalcal.feed import Batches, Split
 
 GRADIENT_FRACTIONS = (10 / 350, 100 / 350, 200 / 350)  # the papers' histograms: epochs 10, 100, 200 of 350
-CPU_BATCH, GPU_BATCH = 250, 2500  # samples of an evaluation; on a CPU, larger ones fall out of its cache
+CPU_BATCH, GPU_BATCH = 250, 1000  # samples of an evaluation; on a CPU, larger ones fall out of its cache
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Training:
 
     network: str  # a name in networks.NETWORKS
     epochs: int
-    milestones: list[int]  # epochs, counted from 1, from which on the learning rate is 10 times lower
+    milestones: list[int]  # epochs, counted from 1, from which on learning_rate is 10 times lower
     batch_size: int  # samples
     learning_rate: float
     momentum: float  # of SGD, no Nesterov
@@ -38,7 +38,7 @@ class Training:
     clip: float | None  # largest gradient norm (L2, all parameters); None: as it comes
     augment: bool  # random crop after 4 pixels of zero padding, and horizontal flip
     optimizer: Literal["sgd", "adam", "adagrad"] = "sgd"
-    embedding_learning_rate: float | None = None  # of plain SGD on trained word vectors; None: they go with the rest
+    embedding_learning_rate: float | None = None  # constant, of plain SGD on trained word vectors; None: as the rest
     select: Literal["last", "best"] = "last"  # epoch that is kept; best: the first of the highest validation accuracy
     drop_last: bool = False  # leave the short last batch of an epoch out
     mode: Literal["auto", "exact", "fast"] = "auto"  # auto: exact on a CPU, fast on a GPU
@@ -215,22 +215,20 @@ def check_finite(batch_losses: Tensor, epoch: int, settings: Training) -> None:
 def take_step(runs: list[Run], batches: Batches, size: int, streams: list, dropout: int | None = None) -> None:
     """One step of every run on the same batch; on a GPU each on its stream, if there are several.
 
-    dropout: what every run's dropout is seeded with, so that none depends on what is trained beside it.
+    dropout: what every run's dropout is seeded with, so that none depends on what is trained beside it; in a captured
+    step, None, runs draw one after another.
     """
     inputs, labels = batches.next(size)
-    if streams:
-        main = torch.cuda.current_stream()
-        for run, stream in zip(runs, streams, strict=True):
+    main = torch.cuda.current_stream() if streams else None
+    for run, stream in zip(runs, streams or [None] * len(runs), strict=True):
+        if stream:
             stream.wait_stream(main)
-            with torch.cuda.stream(stream):
-                run.step(inputs, labels, batches.number)
-        for stream in streams:
-            main.wait_stream(stream)
-    else:
-        for run in runs:
+        with torch.cuda.stream(stream):  # of None: where we are
             if dropout is not None:
                 torch.manual_seed(dropout)
             run.step(inputs, labels, batches.number)
+    for stream in streams:
+        main.wait_stream(stream)
     batches.number += 1
 
 
@@ -277,6 +275,7 @@ def train_together(runs: list[Run], data: dict[str, Split], seed: int):
         batches.shuffle(seed, epoch)
         if captured and rates != [run.settings.learning_rate_at(epoch) for run in runs]:
             rates = [run.settings.learning_rate_at(epoch) for run in runs]  # constants of the graphs
+            graphs.clear()  # and their memory
             graphs = capture(runs, batches, streams)
         torch.manual_seed(seed + 1_000_003 * epoch)  # of dropout in captured steps, which goes on from there
         for step, size in enumerate(batches.sizes, (epoch - 1) * len(batches.sizes)):
