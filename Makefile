@@ -25,7 +25,7 @@ endef
 results: data
 	$(call timed,Trainings: one for each loss and as many at once as there are cores (two cores: 5 to 20 minutes),\
 		python -m compendium grid run 'train@*')
-	$(call timed,Analyses of what was trained and of the headline study (two cores: three to eight minutes),\
+	$(call timed,Analyses of what was trained and of the headline study (two cores: two to six minutes),\
 		python -m compendium grid run 'analyse@*' 'analyse-published@$(HEADLINE)-*')
 	@echo
 	@echo "Trained here, 30 epochs:"

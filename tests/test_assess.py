@@ -48,7 +48,7 @@ def test_two_models_from_elsewhere_get_every_table_and_figure(compendium):
     [
         (
             {"test_logits": np.ones((400, 4)) / 4},
-            "bad.npz: test_logits look like probabilities; store their logarithms",
+            "bad.npz: test_logits look like probabilities; store log",
         ),
         ({"test_labels": np.full(400, 4)}, r"bad.npz, test: labels must lie in 0\.\.3, got 4\.\.4"),
         ({"val_logits": np.full((400, 4), np.nan)}, "bad.npz, val: logits hold 1600 values that are NaN"),
@@ -89,9 +89,9 @@ def test_a_file_that_is_missing_or_damaged_is_refused_in_one_sentence_that_does_
     whole = Path("vit.npz").read_bytes()
     flipped = whole[:3000] + bytes([whole[3000] ^ 1]) + whole[3001:]
     for content, what in (
-        (whole[:5000], "vit.npz is truncated or damaged (File is not a zip file); make or copy it anew."),
+        (whole[:5000], "vit.npz is truncated or damaged (no such archive as np.savez writes); make or copy it anew."),
         (flipped, "vit.npz is truncated or damaged (Bad CRC-32 for file 'val_logits.npy'); make or copy it anew."),
-        (b"", "vit.npz is truncated or damaged (No data left in file); make or copy it anew."),
+        (b"", "vit.npz is truncated or damaged (no such archive as np.savez writes); make or copy it anew."),
         (None, "vit.npz is missing."),
     ):
         Path("vit.npz").unlink() if content is None else Path("vit.npz").write_bytes(content)

@@ -83,6 +83,6 @@ def test_errors_within_two_and_four_standard_errors_or_deviations():
 def test_counts(table):
     counts = cells.counted(table.reset_index())
     assert counts.loc["digits", "small_resnet"].to_dict() == {
-        **{"Cells": 9, "Match": 2, "Partial": 2, "No match": 1, "No rule": 2, "Owed": 2}
+        **{"Cells": 9, "Match": 2, "Partial": 2, "No match": 1, "No verdict": 2, "Owed": 2}
     }
     assert counts.loc["cifar10", "resnet50"].Owed == 1

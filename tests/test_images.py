@@ -48,7 +48,8 @@ def test_fashion_mnist_is_read(verified):
     ],
 )
 def test_cifar_is_read(verified, name, train, test, labels, meta):
-    content = {meta[0]: pickle.dumps({meta[1]: ["a", "b"]})}
+    names = [f"kind {number}" for number in range(100)]
+    content = {meta[0]: pickle.dumps({meta[1]: names})}
     for number, file in enumerate([*train, test]):
         pixels = (np.arange(2 * 3072).reshape(2, 3072) + number) % 256
         batch = {"data": pixels.astype(np.uint8), "labels": [number, 3], "fine_labels": [7, 99]}
@@ -59,7 +60,7 @@ def test_cifar_is_read(verified, name, train, test, labels, meta):
     assert raw["train_images"][0, 0, 1].tolist() == [1, 1, 1]  # the planes of red, green and blue start alike
     assert raw["train_images"][0, 1, 0].tolist() == [32, 32, 32]
     assert raw["test_labels"].tolist() == labels and raw["test_labels"].dtype == np.int64
-    assert raw["classes"] == ("a", "b")
+    assert raw["classes"] == tuple(names)
 
 
 def test_tiny_imagenet_is_read_from_its_archive(verified):
@@ -173,6 +174,26 @@ def test_bad_requests_are_named():
         images.prepare(Data(dataset="digits", train=1000, val=1, test=10))
     with pytest.raises(ValueError, match="digits has 1000 training and 797 test images"):
         images.prepare(Data(dataset="digits", train=1, val=1, test=798))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("train_images", lambda x: x / 255, r"own: train_images must be uint8 \(N, H, W, C\), got float64"),
+        ("test_images", lambda x: x[..., 0], r"own: test_images must be uint8 \(N, H, W, C\), got uint8 \(20, 8, 8\)"),
+        ("train_labels", lambda x: x.astype(str), r"own: train_labels must be int64 \(40,\), got <U"),
+        ("test_labels", lambda x: x + 1, r"own: test_labels must lie in 0\.\.2, got 1\.\.3"),
+        ("classes", lambda x: x[:2], r"own: train_labels must lie in 0\.\.1, got 0\.\.2"),
+        ("test_images", lambda x: x[:, 1:], "own: images for training and test differ in height, width or channels"),
+    ],
+)
+def test_a_data_set_of_ones_own_is_checked(monkeypatch, name, change, words):
+    own = {"classes": ("a", "b", "c")}
+    for split, size in (("train", 40), ("test", 20)):
+        own |= {f"{split}_images": np.ones((size, 8, 8, 1), np.uint8), f"{split}_labels": np.arange(size) % 3}
+    monkeypatch.setitem(images.DATASETS, "own", lambda: own | {name: change(own[name])})
+    with pytest.raises(ValueError, match=words):
+        images.load("own")
 
 
 def test_images_are_prepared_outside_the_pipeline(tmp_path, monkeypatch, capsys):

@@ -89,7 +89,18 @@ def test_failures_are_one_sentence_and_leave_the_old_result(folder, sources, arg
     assert kept.is_file() == ("the failed notebook is artifacts/failed/out.ipynb" in str(stop.value))
 
 
+def test_a_list_is_a_list(folder):
+    write(folder / "a.ipynb", "print(len(x))")
+    (folder / "a.ipynb").write_text((folder / "a.ipynb").read_text().replace("x = 1", "x = []"))
+    main(["notebook", "a.ipynb", "out.ipynb", "-p", "x", "['brier', 'mmce']"])
+    assert texts(folder / "out.ipynb") == ["2\n"]
+    with pytest.raises(SystemExit, match="Parameter 'x' of a.ipynb must be a list such as .*, got brier"):
+        main(["notebook", "a.ipynb", "out.ipynb", "-p", "x", "brier"])
+
+
 def test_missing_notebook(folder):
+    with pytest.raises(SystemExit, match="No notebook in nowhere"):
+        main(["notebook", "--strip", "nowhere", "out"])
     with pytest.raises(SystemExit, match="No notebook b.ipynb"):
         main(["notebook", "b.ipynb", "out.ipynb"])
 

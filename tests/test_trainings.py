@@ -184,7 +184,9 @@ def test_the_key_changes_with_all_that_decides_a_result(prepared, monkeypatch, t
 
 def test_a_training_needs_its_images(prepared):
     paths.prepared("tiny").unlink()
-    with pytest.raises(FileNotFoundError, match="prepared.npz is missing; `dvc repro` makes it"):
+    with pytest.raises(
+        FileNotFoundError, match="prepared.npz is missing; `python -m compendium data --prepare tiny` makes it"
+    ):
         trainings.train_jobs("tiny", ["focal1"], 0)
 
 

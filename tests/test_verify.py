@@ -27,6 +27,7 @@ def made(tmp_path_factory):
             publish.halve_precision(paths.run("tiny", "focal1", seed) / "logits.npz")
         for name in ("runs", "provenance"):
             shutil.copytree(paths.study("tiny") / name, folder / "published/tiny" / name)
+        (folder / "published/tiny.dvc").touch()
     return folder
 
 
@@ -74,12 +75,14 @@ def test_two_standard_deviations():
     assert [verify.judged(1.0, ours, 0.1) for ours in (1.0, 1.19, 0.81, 1.21)] == [
         *("equal", "within 2 sd", "within 2 sd", "differs")
     ]
-    assert verify.judged(1.0, 1.001, np.nan) == "differs"  # with one seed nothing says how much a seed moves
+    assert verify.judged(1.0, 1.001, np.nan) == "no second seed"  # nothing says how much another one moves
 
 
 def test_what_is_not_there_is_named(here):
-    with pytest.raises(SystemExit, match="runs/focal1/7 is not here; `dvc pull published/tiny.dvc` fetches"):
+    with pytest.raises(SystemExit, match="Of tiny no 'focal1 7' is published, but: focal1 0, focal1 1."):
         main(["verify", "tiny", "focal1", "7"])
+    with pytest.raises(SystemExit, match="'tinny' is no published study; published are: tiny."):
+        main(["verify", "tinny", "focal1", "0"])
     shutil.rmtree(here / "artifacts")
     values = parameters()
     values["studies"]["tiny"]["data"]["dataset"] = "fashion_mnist"
@@ -90,3 +93,11 @@ def test_what_is_not_there_is_named(here):
     record.write_text(json.dumps({"commit": "abc"}))
     with pytest.raises(SystemExit, match="does not say with which settings it was trained"):
         main(["verify", "tiny", "focal1", "0"])
+    shutil.rmtree(here / "published/tiny")
+    with pytest.raises(SystemExit, match="runs/focal1/0 is not here; `dvc pull published/tiny.dvc` fetches"):
+        main(["verify", "tiny", "focal1", "0"])
+
+
+def test_a_published_run_is_not_trained_over(here):
+    with pytest.raises(SystemExit, match="focal1/0 is published; `compendium verify` trains it again and leaves"):
+        main(["train", "tiny", "focal1"])

@@ -84,8 +84,9 @@ def parser() -> argparse.ArgumentParser:
     made["notebook"].add_argument("notebook", type=Path)
     made["notebook"].add_argument("out", type=Path)
     made["notebook"].add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    made["notebook"].add_argument("--strip", action="store_true", help="strip the notebooks of a folder into another")
-    made["notebook"].add_argument("--fill", action="store_true", help="put outputs from artifacts into a folder")
+    folders = made["notebook"].add_mutually_exclusive_group()
+    folders.add_argument("--strip", action="store_true", help="strip the notebooks of a folder into another")
+    folders.add_argument("--fill", action="store_true", help="put outputs from artifacts into a folder")
 
     made["report"].add_argument("out", nargs="?", type=Path, help="a folder (default: site)")
     return top
@@ -104,8 +105,15 @@ def call(given: argparse.Namespace) -> int | None:
 
         fetch.fetch_all(given.name)
     elif given.verb == "train":
-        from compendium import trainings
+        from compendium import paths, trainings
 
+        if len(set(given.loss)) < len(given.loss):
+            raise ValueError(f"Every loss is trained once; one of {' '.join(given.loss)} is named twice.")
+        for run in (paths.published(given.study, loss, given.seed) for loss in given.loss):
+            if run.is_dir():
+                raise ValueError(
+                    f"{run} is published; `compendium verify` trains it again and leaves everything as it is."
+                )
         trainings.train_jobs(given.study, given.loss, given.seed)
     elif given.verb == "assess":
         from compendium import assess

@@ -1,7 +1,7 @@
 """Tables and figures for logits that come from elsewhere, without training.
 
 Each file holds val_logits and test_logits, (N, K), and val_labels and test_labels, (N,); its name is the model's in
-every table. The chapters that need nothing else (03, 07, 08, 10 and 11) are executed for all of them side by side:
+every table. The chapters that need nothing else (03, 07, 08, 10, 11 and 15) are executed for all of them side by side:
 figures and tables go to figures/STUDY, notebooks and numbers to artifacts/STUDY.
 """
 
@@ -34,7 +34,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
         if len(labels) < FEWEST:
             raise ValueError(f"{path}: {len(labels)} samples in {split} are too few; {FEWEST} or more are needed.")
         if logits.min() >= 0 and np.allclose(logits.sum(axis=1), 1, atol=1e-2):
-            raise ValueError(f"{path}: {split}_logits look like probabilities; store their logarithms instead.")
+            raise ValueError(f"{path}: {split}_logits look like probabilities; store log(max(p, 1e-12)) instead.")
     if file["val_logits"].shape[1] != file["test_logits"].shape[1]:
         counts = file["val_logits"].shape[1], file["test_logits"].shape[1]
         raise ValueError(f"{path}: val has {counts[0]} classes and test has {counts[1]}.")

@@ -99,7 +99,7 @@ def compared() -> pd.DataFrame:
 
 def counted(table: pd.DataFrame) -> pd.DataFrame:
     """How many cells of each data set and network there are, and what became of them."""
-    kinds = {"match": "Match", "partial": "Partial", "no match": "No match", "": "No rule", "owed": "Owed"}
+    kinds = {"match": "Match", "partial": "Partial", "no match": "No match", "": "No verdict", "owed": "Owed"}
     named = table.assign(kind=table.verdict.str.split(":").str[0].map(kinds))
     counts = named.groupby(["dataset", "network"], sort=False).kind.value_counts().unstack(fill_value=0)
     counts = counts.reindex(columns=list(kinds.values()), fill_value=0)

@@ -134,10 +134,24 @@ DATASETS = {
 
 
 def load(name: str) -> dict:
-    """The data set called ``name``; ValueError if there is none."""
+    """The data set called ``name``; ValueError if there is none, or if it is not as ``fashion_mnist`` describes."""
     if name not in DATASETS:
         raise ValueError(f"Unknown data set '{name}'; choose one of: {', '.join(DATASETS)}.")
-    return DATASETS[name]()
+    raw = DATASETS[name]()
+    for split in ("train", "test"):
+        images, labels = raw[f"{split}_images"], raw[f"{split}_labels"]
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] > 4:
+            raise ValueError(f"{name}: {split}_images must be uint8 (N, H, W, C), got {images.dtype} {images.shape}.")
+        if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"{name}: {split}_labels must be int64 ({len(images)},), got {labels.dtype} {labels.shape}."
+            )
+        if labels.min() < 0 or labels.max() >= len(raw["classes"]):
+            found = f"{labels.min()}..{labels.max()}"
+            raise ValueError(f"{name}: {split}_labels must lie in 0..{len(raw['classes']) - 1}, got {found}.")
+    if raw["train_images"].shape[1:] != raw["test_images"].shape[1:]:
+        raise ValueError(f"{name}: images for training and test differ in height, width or channels.")
+    return raw
 
 
 def fitted(images: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:

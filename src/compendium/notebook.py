@@ -67,9 +67,16 @@ def _anonymous(text: str) -> str:
 
 def strip(folder: Path, out: Path) -> None:
     """Write the stripped copy of every notebook of ``folder`` into ``out``."""
-    for source in sorted(Path(folder).glob("*.ipynb")):
+    for source in _notebooks(folder):
         with paths.atomic(Path(out) / source.name) as part:
             nbformat.write(normalise(nbformat.read(source, 4), keep_outputs=False), part)
+
+
+def _notebooks(folder: Path) -> list[Path]:
+    """Those of a folder; FileNotFoundError if there is none."""
+    if not (found := sorted(Path(folder).glob("*.ipynb"))):
+        raise FileNotFoundError(f"No notebook in {folder}.")
+    return found
 
 
 def fill(artifacts: Path, folder: Path) -> None:
@@ -80,7 +87,7 @@ def fill(artifacts: Path, folder: Path) -> None:
     notebook has been edited since.
     """
     filled = {}
-    for path in sorted(Path(folder).glob("*.ipynb")):
+    for path in _notebooks(folder):
         notebook = normalise(nbformat.read(path, 4), keep_outputs=False)
         places = (f"*/notebooks/{path.name}", f"*/notebooks/{path.stem}/*.ipynb")
         for place in sorted(place for glob in places for place in Path(artifacts).glob(glob)):
@@ -119,7 +126,7 @@ def _parameters(notebook) -> dict:
 
 
 def execute(notebook: Path, out: Path, parameters: dict) -> None:
-    """Run ``notebook`` with ``parameters`` (texts, made numbers where the default is one); the result is ``out``.
+    """Run ``notebook`` with ``parameters`` (texts; made numbers or lists where the default is one) into ``out``.
 
     Raises ValueError for parameters that the notebook's parameters cell does not define, and RuntimeError, in
     one sentence, if a cell fails or the last one did not run; ``out`` is then left as it was and the failed
@@ -134,7 +141,14 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
     if unknown:
         raise ValueError(f"{notebook} has no parameter '{unknown[0]}'; it has: {', '.join(known) or 'none'}.")
     for name, value in parameters.items():
-        if known[name]["default"].isdigit():
+        if known[name]["default"].startswith("["):
+            try:
+                parameters[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                raise ValueError(
+                    f"Parameter '{name}' of {notebook} must be a list such as '[\"brier\"]', got {value}."
+                ) from None
+        elif known[name]["default"].isdigit():
             if not value.isdigit():
                 raise ValueError(
                     f"Parameter '{name}' of {notebook} must be a whole number, 0 or larger, got '{value}'."

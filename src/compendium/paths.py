@@ -36,6 +36,11 @@ def run(name: str, loss: str, seed: int) -> Path:
     return study(name) / "runs" / loss / str(seed)
 
 
+def published(name: str, loss: str, seed: int) -> Path:
+    """Folder of a run that was trained elsewhere, see publish."""
+    return root() / "published" / name / "runs" / loss / str(seed)
+
+
 def scratch() -> Path:
     """Checkpoints, grids and a reader's own figures; the environment variable FOCALCAL_SCRATCH names another folder."""
     return Path(os.environ.get("FOCALCAL_SCRATCH") or root() / "scratch")
@@ -77,6 +82,8 @@ def existing(path: Path) -> Path:
     """The path, if there is a file; else FileNotFoundError that says how to get it."""
     if not path.is_file():
         advice = "; `dvc repro` makes it, `make artifacts` fetches published ones" if _is_artifact(path) else ""
+        if path.name == "prepared.npz":
+            advice = f"; `python -m compendium data --prepare {path.parent.name}` makes it"
         raise FileNotFoundError(f"{path} is missing{advice}.")
     return path
 
@@ -89,10 +96,9 @@ def _is_artifact(path: Path) -> bool:
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an .npz file; ValueError, naming the file, if it is truncated or damaged."""
     try:
-        file = np.load(existing(path))
-        if isinstance(file, np.ndarray):
-            raise ValueError("a single array; np.savez writes several, with their names")
-        with file:
+        if not zipfile.is_zipfile(existing(path)):
+            raise ValueError("no such archive as np.savez writes")
+        with np.load(path) as file:
             return {name: file[name] for name in file.files}
     except (zipfile.BadZipFile, ValueError, EOFError) as problem:
         ours = "delete it and run `dvc checkout` or `dvc repro`"

@@ -18,9 +18,11 @@ MACHINE = ("commit", "python", "torch", "numpy", "device", "cpu", "cpu_capabilit
 
 
 def judged(theirs: float, ours: float, sd: float) -> str:
-    """equal, within 2 sd of the seeds, or differs; sd: NaN where there is no second seed."""
+    """equal, within 2 sd of the seeds, or differs; with no second seed, sd NaN, what is not equal is left open."""
     if theirs == ours:
         return "equal"
+    if np.isnan(sd):
+        return "no second seed"
     return "within 2 sd" if abs(theirs - ours) <= 2 * sd else "differs"
 
 
@@ -51,9 +53,15 @@ def verify(study: str, loss: str, seed: int) -> int:
     Nothing in the project changes. Returns 1 if any number differs by more than two standard deviations of the
     published seeds, else 0. FileNotFoundError, saying what to fetch, if the run or the study's data are not there.
     """
-    published = paths.root() / "published" / study
-    record, run = published / "provenance" / f"{loss}-{seed}.json", published / "runs" / loss / str(seed)
-    if not record.is_file() or not run.is_dir():
+    published, run = paths.root() / "published" / study, paths.published(study, loss, seed)
+    record = published / "provenance" / f"{loss}-{seed}.json"
+    if not published.with_name(f"{study}.dvc").is_file():
+        known = ", ".join(sorted(path.stem for path in published.parent.glob("*.dvc")))
+        raise ValueError(f"'{study}' is no published study; published are: {known or 'none'}.")
+    if published.is_dir() and not run.is_dir():
+        known = sorted(f"{path.parent.name} {path.name}" for path in published.glob("runs/*/*"))
+        raise ValueError(f"Of {study} no '{loss} {seed}' is published, but: {', '.join(known)}.")
+    if not record.is_file():
         raise FileNotFoundError(f"{run} is not here; `dvc pull published/{study}.dvc` fetches what is published.")
     said = json.loads(record.read_text())
     if "settings" not in said:
