@@ -446,21 +446,12 @@ def chapters(source: Path, groups: dict[str, str]) -> str:
             entries.append(f"{heading.removeprefix('# ')} <{name}>")
             if study != next(iter(groups)) and (paths.study(study) / "metrics.csv").is_file():
                 heading = heading.replace("# ", f"# {study}: ", 1)
-            page.cells[0].source = f"{heading}\n{rest}\n\n{about(page, study)}"
+            page.cells[0].source = f"{heading}\n{rest}"
             nbformat.write(page, source / f"{name}.ipynb")
         if entries:
             lines = "\n".join(entries)
             found.append(f'```{{toctree}}\n:caption: "{caption}"\n:maxdepth: 1\n\n{lines}\n```')
     return "\n\n".join(found)
-
-
-def about(page, study: str) -> str:
-    """A note where a chapter's text is about another study than its tables and figures."""
-    own = [cell.source for cell in page.cells if "parameters" in cell.metadata.get("tags", [])]
-    written = own[0].partition('study = "')[2].partition('"')[0] if own else ""
-    if written in ("", study) or study not in settings.params()["studies"]:
-        return ""
-    return f"Tables and figures are of `{study}`; what is written about them is of `{written}`."
 
 
 def reference() -> str:

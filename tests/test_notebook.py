@@ -89,6 +89,16 @@ def test_failures_are_one_sentence_and_leave_the_old_result(folder, sources, arg
     assert kept.is_file() == ("the failed notebook is artifacts/failed/out.ipynb" in str(stop.value))
 
 
+def test_a_text_says_of_which_study_it_is(folder):
+    write(folder / "a.ipynb", "print(study)")
+    (folder / "a.ipynb").write_text((folder / "a.ipynb").read_text().replace("x = 1", 'study = \\"one\\"'))
+    for study, first in (("one", "# Title"), ("two", "# Title\n\nTables and figures are of `two`; what is written")):
+        main(["notebook", "a.ipynb", "out.ipynb", "-p", "study", study])
+        cells = nbformat.read(folder / "out.ipynb", 4).cells
+        assert cells[0].source.startswith(first) and (study == "two" or cells[0].source == first)
+        assert texts(folder / "out.ipynb") == [f"{study}\n"]
+
+
 def test_a_list_is_a_list(folder):
     write(folder / "a.ipynb", "print(len(x))")
     (folder / "a.ipynb").write_text((folder / "a.ipynb").read_text().replace("x = 1", "x = []"))

@@ -128,6 +128,8 @@ def _parameters(notebook) -> dict:
 def execute(notebook: Path, out: Path, parameters: dict) -> None:
     """Run ``notebook`` with ``parameters`` (texts; made numbers or lists where the default is one) into ``out``.
 
+    Where ``study`` is not the notebook's own, the first cell says of which study its text is.
+
     Raises ValueError for parameters that the notebook's parameters cell does not define, and RuntimeError, in
     one sentence, if a cell fails or the last one did not run; ``out`` is then left as it was and the failed
     notebook is kept under artifacts/failed.
@@ -176,6 +178,10 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
             code = [cell for cell in executed.cells if cell.cell_type == "code" and cell.source.strip()]
             if not code or code[-1].execution_count is None:
                 raise RuntimeError(f"{notebook} stopped before its last cell.")
+            written = known["study"]["default"].strip("'\"") if "study" in known else ""
+            if (study := parameters.get("study", written)) != written:
+                about = f"Tables and figures are of `{study}`; what is written about them is of `{written}`."
+                executed.cells[0].source += f"\n\n{about}"
             nbformat.write(normalise(executed, keep_outputs=True), part)
         except papermill.exceptions.PapermillExecutionError as failure:
             artifacts, place = paths.root() / "artifacts", Path(out).resolve()
