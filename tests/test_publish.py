@@ -103,6 +103,16 @@ def test_logits_that_half_precision_would_change_stay_as_they_are(tmp_path):
     assert not publish.halve_precision(path)
 
 
+def test_what_is_halved_stays_so(tmp_path):
+    path, draw = tmp_path / "logits.npz", np.random.default_rng(0)
+    labels = draw.integers(3, size=1821)  # by chance many confidences lie next to an edge once rounded
+    logits = (draw.normal(size=(1821, 3)) + 2 * np.eye(3)[labels]).astype(np.float16).astype(np.float64)
+    logits = (logits - logits.max(axis=1, keepdims=True)).astype(np.float16)
+    paths.write_npz(path, val_logits=logits, val_labels=labels, test_logits=logits, test_labels=labels)
+    before = path.read_bytes()
+    assert publish.halve_precision(path) and path.read_bytes() == before
+
+
 def test_a_masked_class_is_published_too(compendium):
     run = paths.run("tiny", "brier", 0) / "logits.npz"
     paths.write_npz(run, **paths.read_npz(run), masked=np.array([3]))

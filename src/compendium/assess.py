@@ -45,7 +45,7 @@ def assess(study: str, files: list[Path]) -> None:
     """Execute the chapters for these models; nothing is written before every file has been found good."""
     if not re.fullmatch(r"[\w-]+", study):
         raise ValueError(f"A study's name consists of letters, digits, _ and -, got '{study}'.")
-    if study in settings.params().get("studies", {}):
+    if study in settings.block(settings.params(), "studies", "studies"):
         raise ValueError(f"'{study}' is a study of params.yaml; choose another name.")
     models = {path.stem: read(path) for path in files}
     if len(models) < len(files):

@@ -108,7 +108,7 @@ def engine_speed(name: str, images, labels, config: Training, on: torch.device, 
         train.Run(networks.make(name, 10, channels, seed).to(on), losses.make("cross_entropy"), config)
         for seed in range(count)
     ]
-    devices.set_numerics(runs[0].fast, on, config.threads)
+    devices.set_numerics(runs[0].fast, runs[0].device, config.threads)
     for run in runs:
         run.start_epoch(1, len(batches.sizes))
     streams = [torch.cuda.Stream() for _ in runs] if on.type == "cuda" and count > 1 else []

@@ -186,7 +186,7 @@ def _from_environment(name: str, folder: Path) -> str | None:
             with tempfile.TemporaryDirectory() as scratch, tarfile.open(archives[0]) as archive:
                 paths.unpack(archive, scratch)
                 return _copy_from(Path(scratch), name, folder)
-        except (tarfile.TarError, EOFError, OSError) as damage:
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as damage:
             return f"{archives[0]} is damaged ({damage})"
     return problem
 

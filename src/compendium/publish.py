@@ -65,7 +65,8 @@ def halve_precision(path: Path) -> bool:
             return False
         half[split] = shifted.astype(np.float16), *rest
     chosen = calibrate.temperatures(*splits["val"])
-    before, after = (calibrate.measure(of, chosen) for of in (splits, half))
+    back = {split: (logits.astype(np.float64), *rest) for split, (logits, *rest) in half.items()}  # as they are read
+    before, after = (calibrate.measure(of, chosen) for of in (splits, back))
     if max(abs(a["value"] - b["value"]) for a, b in zip(before, after, strict=True)) > TOLERANCE:
         return False
     paths.write_npz(path, **file | {f"{split}_logits": pair[0] for split, pair in half.items()})
