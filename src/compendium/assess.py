@@ -57,7 +57,7 @@ def assess(study: str, files: list[Path]) -> None:
     mark = paths.study(study) / "assessed.txt"  # tells what this function made from what the pipeline made
     for place in (paths.study(study), paths.root() / "figures" / study):
         if place.exists() and not mark.is_file():
-            raise ValueError(f"{place} is there, and not from `compendium assess`; choose another name.")
+            raise ValueError(f"{place} is there, and not from `compendium assess`; choose another name, or delete it.")
     shutil.rmtree(paths.study(study), ignore_errors=True)
     with paths.atomic(mark) as part:
         part.write_text("".join(f"{path}\n" for path in files))
