@@ -182,6 +182,7 @@ def test_bad_requests_are_named():
         ("train_images", lambda x: x / 255, r"own: train_images must be uint8 \(N, H, W, C\), got float64"),
         ("test_images", lambda x: x[..., 0], r"own: test_images must be uint8 \(N, H, W, C\), got uint8 \(20, 8, 8\)"),
         ("train_labels", lambda x: x.astype(str), r"own: train_labels must be int64 \(40,\), got <U"),
+        ("test_labels", lambda x: x[:0], r"own: test_labels must be int64 \(20,\), got int64 \(0,\)"),
         ("test_labels", lambda x: x + 1, r"own: test_labels must lie in 0\.\.2, got 1\.\.3"),
         ("classes", lambda x: x[:2], r"own: train_labels must lie in 0\.\.1, got 0\.\.2"),
         ("test_images", lambda x: x[:, 1:], "own: images for training and test differ in height, width or channels"),
@@ -193,6 +194,17 @@ def test_a_data_set_of_ones_own_is_checked(monkeypatch, name, change, words):
         own |= {f"{split}_images": np.ones((size, 8, 8, 1), np.uint8), f"{split}_labels": np.arange(size) % 3}
     monkeypatch.setitem(images.DATASETS, "own", lambda: own | {name: change(own[name])})
     with pytest.raises(ValueError, match=words):
+        images.load("own")
+
+
+def test_a_data_set_of_ones_own_is_whole(monkeypatch):
+    monkeypatch.setitem(images.DATASETS, "own", lambda: {"train_images": np.ones((4, 8, 8, 1), np.uint8)})
+    with pytest.raises(ValueError, match="own: 'train_labels' is missing; it gives: train_images."):
+        images.load("own")
+    empty = {"images": np.ones((0, 8, 8, 1), np.uint8), "labels": np.zeros(0, np.int64)}
+    arrays = {f"{split}_{kind}": array for split in ("train", "test") for kind, array in empty.items()}
+    monkeypatch.setitem(images.DATASETS, "own", lambda: arrays | {"classes": ("a", "b")})
+    with pytest.raises(ValueError, match="own: train_images and train_labels are empty"):
         images.load("own")
 
 

@@ -104,8 +104,9 @@ def test_a_list_is_a_list(folder):
     (folder / "a.ipynb").write_text((folder / "a.ipynb").read_text().replace("x = 1", "x = []"))
     main(["notebook", "a.ipynb", "out.ipynb", "-p", "x", "['brier', 'mmce']"])
     assert texts(folder / "out.ipynb") == ["2\n"]
-    with pytest.raises(SystemExit, match="Parameter 'x' of a.ipynb must be a list such as .*, got brier"):
-        main(["notebook", "a.ipynb", "out.ipynb", "-p", "x", "brier"])
+    for value in ("brier", "5"):
+        with pytest.raises(SystemExit, match=f"Parameter 'x' of a.ipynb must be a list such as .*, got {value}"):
+            main(["notebook", "a.ipynb", "out.ipynb", "-p", "x", value])
 
 
 def test_missing_notebook(folder):

@@ -98,6 +98,9 @@ def test_logits_that_half_precision_would_change_stay_as_they_are(tmp_path):
     paths.write_npz(path, val_logits=logits, val_labels=labels, test_logits=logits, test_labels=labels)
     before = path.read_bytes()
     assert not publish.halve_precision(path) and path.read_bytes() == before
+    miss = np.array([[0, -200.03]] + 59 * [[0, 0.0]])  # half precision has -200, and the NLL of 60 moves by 0.0005
+    paths.write_npz(path, val_logits=miss, val_labels=labels, test_logits=miss, test_labels=labels)
+    assert not publish.halve_precision(path)
     far = logits - np.array([1e5, 0])  # beyond the range of half precision
     paths.write_npz(path, val_logits=far, val_labels=labels, test_logits=far, test_labels=labels)
     assert not publish.halve_precision(path)

@@ -11,7 +11,7 @@ VERBS = {  # verb -> what it does, an example
         "compendium train cifar10-resnet50 cross_entropy focal3 --seed 0",
     ),
     "assess": (
-        "Tables and figures for models from elsewhere: logits in, chapters 3, 7, 8, 10 and 11 out.",
+        "Tables and figures for models from elsewhere: logits in, chapters 3, 7, 8, 10, 11 and 15 out.",
         "compendium assess mine vit.npz forest.npz",
     ),
     "publish": (

@@ -4,6 +4,7 @@ The sources, in this order: a folder named by the environment variable FOCALCAL_
 publishers of texts; for Fashion-MNIST Debian's package, and for a large part of GloVe's vectors a package of npm.
 """
 
+import gzip
 import hashlib
 import json
 import os
@@ -135,7 +136,7 @@ def _unpacked(archive: Path, name: str, folder: Path) -> str | None:
             else:
                 with tarfile.open(archive) as packed:
                     paths.unpack(packed, scratch)
-        except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as problem:
+        except (zipfile.BadZipFile, tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as problem:
             return f"{archive} is damaged ({problem})"
         return _copy_text(Path(scratch), name, folder)
 
@@ -182,12 +183,13 @@ def _from_environment(name: str, folder: Path) -> str | None:
     problem = _copy_from(source, name, folder)
     archives = sorted(source.rglob(f"{name.replace('cifar', 'cifar-')}-python.tar.gz"))
     if problem and archives:
-        try:
-            with tempfile.TemporaryDirectory() as scratch, tarfile.open(archives[0]) as archive:
-                paths.unpack(archive, scratch)
-                return _copy_from(Path(scratch), name, folder)
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as damage:
-            return f"{archives[0]} is damaged ({damage})"
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                with tarfile.open(archives[0]) as archive:
+                    paths.unpack(archive, scratch)
+            except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as damage:
+                return f"{archives[0]} is damaged ({damage})"
+            return _copy_from(Path(scratch), name, folder)
     return problem
 
 

@@ -138,6 +138,9 @@ def load(name: str) -> dict:
     if name not in DATASETS:
         raise ValueError(f"Unknown data set '{name}'; choose one of: {', '.join(DATASETS)}.")
     raw = DATASETS[name]()
+    wanted = [*(f"{split}_{kind}" for split in ("train", "test") for kind in ("images", "labels")), "classes"]
+    if missing := [array for array in wanted if array not in raw]:
+        raise ValueError(f"{name}: '{missing[0]}' is missing; it gives: {', '.join(raw) or 'nothing'}.")
     for split in ("train", "test"):
         images, labels = raw[f"{split}_images"], raw[f"{split}_labels"]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] > 4:
@@ -146,6 +149,8 @@ def load(name: str) -> dict:
             raise ValueError(
                 f"{name}: {split}_labels must be int64 ({len(images)},), got {labels.dtype} {labels.shape}."
             )
+        if not len(labels):
+            raise ValueError(f"{name}: {split}_images and {split}_labels are empty.")
         if labels.min() < 0 or labels.max() >= len(raw["classes"]):
             found = f"{labels.min()}..{labels.max()}"
             raise ValueError(f"{name}: {split}_labels must lie in 0..{len(raw['classes']) - 1}, got {found}.")

@@ -147,9 +147,9 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
             try:
                 parameters[name] = ast.literal_eval(value)
             except (ValueError, SyntaxError):
-                raise ValueError(
-                    f"Parameter '{name}' of {notebook} must be a list such as '[\"brier\"]', got {value}."
-                ) from None
+                parameters[name] = None
+            if not isinstance(parameters[name], list):
+                raise ValueError(f"Parameter '{name}' of {notebook} must be a list such as '[\"brier\"]', got {value}.")
         elif known[name]["default"].isdigit():
             if not value.isdigit():
                 raise ValueError(

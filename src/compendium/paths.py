@@ -96,10 +96,12 @@ def _is_artifact(path: Path) -> bool:
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an .npz file; ValueError, naming the file, if it is truncated or damaged."""
     try:
-        if not zipfile.is_zipfile(existing(path)):
-            raise ValueError("no such archive as np.savez writes")
-        with np.load(path) as file:
-            return {name: file[name] for name in file.files}
+        with open(existing(path), "rb") as opened:
+            if not zipfile.is_zipfile(opened):
+                raise ValueError("no such archive as np.savez writes")
+            opened.seek(0)
+            with np.load(opened) as file:
+                return {name: file[name] for name in file.files}
     except (zipfile.BadZipFile, ValueError, EOFError) as problem:
         ours = "delete it and run `dvc checkout` or `dvc repro`"
         advice = ours if _is_artifact(path) else "make or copy it anew"

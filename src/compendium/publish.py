@@ -127,7 +127,15 @@ def add(archive: Path) -> Path:
                 raise ValueError(f"{there} is published already, with other results; delete it first to replace it.")
             if run.name != "0" and (run / "shifted.npz").is_file():
                 leave_weaker_noise_out(run / "shifted.npz")
-        shutil.copytree(source, target, dirs_exist_ok=True)
+        target.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".part-") as aside:  # the whole of it, or nothing
+            whole = Path(aside) / "whole"
+            for folder in (target, source):
+                if folder.is_dir():
+                    shutil.copytree(folder, whole, dirs_exist_ok=True)
+            if target.is_dir():
+                target.rename(Path(aside) / "before")
+            whole.rename(target)
         return target
 
 

@@ -50,8 +50,9 @@ def arrays(study: str) -> dict[str, np.ndarray]:
 def verify(study: str, loss: str, seed: int) -> int:
     """Train a published run again, with the settings and threads of its provenance; print how it compares.
 
-    Nothing in the project changes. Returns 1 if any number differs by more than two standard deviations of the
-    published seeds, else 0. FileNotFoundError, saying what to fetch, if the run or the study's data are not there.
+    Nothing in the project changes. Returns the exit status, 1 if any number differs by more than two standard
+    deviations of the published seeds, else 0. ValueError if no such run is published or if it cannot be repeated;
+    FileNotFoundError, saying what to fetch, if the run's record or the study's data are not there.
     """
     published, run = paths.root() / "published" / study, paths.published(study, loss, seed)
     record = published / "provenance" / f"{loss}-{seed}.json"
@@ -60,9 +61,10 @@ def verify(study: str, loss: str, seed: int) -> int:
         raise ValueError(f"'{study}' is no published study; published are: {known or 'none'}.")
     if published.is_dir() and not run.is_dir():
         known = sorted(f"{path.parent.name} {path.name}" for path in published.glob("runs/*/*"))
-        raise ValueError(f"Of {study} no '{loss} {seed}' is published, but: {', '.join(known)}.")
+        pull = f"`dvc pull published/{study}.dvc` fetches what has been published since"
+        raise ValueError(f"Of {study} no '{loss} {seed}' is here, but: {', '.join(known)}; {pull}.")
     if not record.is_file():
-        raise FileNotFoundError(f"{run} is not here; `dvc pull published/{study}.dvc` fetches what is published.")
+        raise FileNotFoundError(f"{record} is not here; `dvc pull published/{study}.dvc` fetches what is published.")
     said = json.loads(record.read_text())
     if "settings" not in said:
         raise ValueError(f"{record} does not say with which settings it was trained, so it cannot be repeated.")
