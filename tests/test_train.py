@@ -209,6 +209,17 @@ def test_device_by_environment(monkeypatch):
         devices.device()
 
 
+def test_the_gpu_may_be_named_or_not(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    try:
+        for name in ("cuda", "cuda:1"):  # PyTorch refuses to choose one that has no number
+            devices.set_numerics(False, torch.device(name), None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert chosen == [torch.device("cuda:1")]
+
+
 def test_threads_are_those_of_the_settings():
     before = torch.get_num_threads()
     try:

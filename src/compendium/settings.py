@@ -74,7 +74,7 @@ def names(kind) -> list[str]:
 def params() -> dict:
     """params.yaml as a dictionary."""
     try:
-        values = yaml.load((paths.root() / "params.yaml").read_text(), yaml.CSafeLoader)
+        values = yaml.load((paths.root() / "params.yaml").read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as problem:
         raise ValueError(f"params.yaml is not YAML: {' '.join(str(problem).split())}.") from None
     return block({"params.yaml": values}, "params.yaml", "All")

@@ -31,5 +31,6 @@ def set_numerics(fast: bool, on: torch.device, threads: int | None) -> None:
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = not fast, fast
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = fast
     if on.type == "cuda":
-        torch.cuda.set_device(on)  # streams and graphs are made on the current one
+        if on.index is not None:
+            torch.cuda.set_device(on)  # streams and graphs are made on the current one
         torch.use_deterministic_algorithms(not fast, warn_only=True)
