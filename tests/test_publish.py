@@ -182,3 +182,23 @@ def test_what_is_not_whole_is_named(compendium, capsys):
     with pytest.raises(SystemExit, match="focalcal: No finished run in .*nothing/runs; train first"):
         main(["publish", "pack", "nothing"])
     assert not (compendium / "nothing.tar").exists()
+
+
+def test_a_full_disk_leaves_what_was_published(compendium, monkeypatch):
+    publish.pack("tiny")
+    publish.add(compendium / "tiny.tar")
+    before = {path: path.read_bytes() for path in (compendium / "published").rglob("*") if path.is_file()}
+    finished("focal3", 2)
+    publish.pack("tiny")
+    copytree = publish.shutil.copytree
+
+    def full(source, target, *rest, **options):
+        if "focal3/2" in str(target):
+            raise OSError("No space left on device")
+        return copytree(source, target, *rest, **options)
+
+    monkeypatch.setattr(publish.shutil, "copytree", full)
+    with pytest.raises(OSError, match="No space left"):
+        publish.add(compendium / "tiny.tar")
+    assert {path: path.read_bytes() for path in (compendium / "published").rglob("*") if path.is_file()} == before
+    assert [path.name for path in (compendium / "published").iterdir()] == ["tiny"]
