@@ -22,8 +22,7 @@ def resamples(samples: int, count: int = RESAMPLES, seed: int = 0) -> np.ndarray
     """How often each of ``samples`` is in each bootstrap resample: (count, samples) float32, rows sum to samples."""
     drawn = np.random.default_rng(seed).integers(samples, size=(count, samples))
     drawn += samples * np.arange(count)[:, None]
-    counts = np.bincount(drawn.ravel(), minlength=count * samples).reshape(count, samples)
-    return np.asfortranarray(counts, dtype=np.float32)
+    return np.bincount(drawn.ravel(), minlength=count * samples).reshape(count, samples).astype(np.float32)
 
 
 def resampled_metrics(logits, labels, counts, names=tuple(metrics.METRICS), masked=()) -> dict[str, np.ndarray]:
@@ -57,10 +56,11 @@ def _equal_mass(confidence, residual, counts, bins: int) -> np.ndarray:
     """Adaptive ECE on every resample."""
     order, n = np.argsort(confidence, kind="stable"), len(confidence)
     residual, wanted, errors = residual[order], n * np.arange(1, bins) / bins - 0.5, np.zeros(len(counts))
-    for row, drawn in enumerate(np.ascontiguousarray(counts[:, order])):
-        ends = np.searchsorted(np.cumsum(drawn, dtype=np.float64) - drawn, wanted)
-        sums = np.concatenate([[0.0], np.cumsum(drawn * residual, dtype=np.float64)])
-        errors[row] = np.abs(np.diff(sums[[0, *ends, n]])).sum() / n
+    for row, unordered in enumerate(counts):
+        drawn = unordered[order]
+        ends = np.searchsorted(np.cumsum(drawn) - drawn, wanted)
+        inside = zip(np.split(drawn, ends), np.split(residual, ends), strict=True)
+        errors[row] = sum(abs(times @ residuals) for times, residuals in inside) / n
     return errors
 
 
@@ -235,12 +235,14 @@ def selective(confidence, correct, counts) -> dict[str, np.ndarray]:
     order = np.argsort(-confidence, kind="stable")
     ranked, wrong, found = -confidence[order], ~np.asarray(correct, bool)[order], np.empty((3, len(counts)))
     first, last = (np.searchsorted(ranked, ranked, side) for side in ("left", "right"))  # of those as confident
-    for row, drawn in enumerate(np.ascontiguousarray(counts[:, order])):
-        kept, bad = (np.concatenate([[0.0], np.cumsum(part, dtype=np.float64)]) for part in (drawn, drawn * wrong))
+    for row, unordered in enumerate(counts):
+        drawn = unordered[order].astype(np.float64)
+        lost = drawn * wrong
+        kept, bad = (np.concatenate([[0.0], np.cumsum(part)]) for part in (drawn, lost))
         n, k, good = kept[-1], bad[-1], kept - bad
-        found[0, row] = (drawn * bad[last] / np.maximum(kept[last], 1)).sum() / n
+        found[0, row] = drawn @ (bad[last] / np.maximum(kept[last], 1)) / n
         found[1, row] = found[0, row] - (k - (n - k) * (digamma(n + 1) - digamma(n - k + 1))) / n
-        won = (drawn * wrong * (good[first] + good[last])).sum() / 2
+        won = lost @ (good[first] + good[last]) / 2
         found[2, row] = won / (k * (n - k)) if 0 < k < n else np.nan
     return dict(zip(("aurc", "eaurc", "auroc"), found, strict=True))
 
@@ -259,9 +261,10 @@ def resampled_auroc(in_scores, out_scores, in_counts, out_counts) -> np.ndarray:
     in_scores (N,), out_scores (M,): strangeness of the two sets; in_counts (resamples, N), out_counts (resamples, M):
     see resamples.
     """
-    order, drawn = np.argsort(in_scores), np.zeros((len(in_scores) + 1, len(in_counts)), np.float32)
-    np.cumsum(in_counts.T[order], axis=0, out=drawn[1:])  # of the lowest 0, 1 ... N, how many; whole numbers, so exact
+    order, below, won = np.argsort(in_scores), np.zeros(len(in_scores) + 1), np.empty(len(in_counts))
     left, right = (np.searchsorted(in_scores[order], out_scores, side) for side in ("left", "right"))
-    below = drawn[left] if (left == right).all() else (drawn[left] + drawn[right]) / 2
-    won = np.einsum("or,or->r", below, out_counts.T, dtype=np.float64)
+    tied = (left != right).any()
+    for row, (drawn, times) in enumerate(zip(in_counts, out_counts, strict=True)):
+        np.cumsum(drawn[order], out=below[1:])  # of the lowest 0, 1 ... N, how many
+        won[row] = times @ (below[left] + below[right]) / 2 if tied else times @ below[left]
     return won / len(in_scores) / len(out_scores)
