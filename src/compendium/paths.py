@@ -108,13 +108,22 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} is truncated or damaged ({problem}); {advice}.") from problem
 
 
-def write_npz(path: Path, **arrays) -> None:
-    """Write arrays, uncompressed: equal arrays give equal bytes (np.savez leaves headers to Python's patch release)."""
+def write_npz(path: Path, compression: int = zipfile.ZIP_STORED, **arrays) -> None:
+    """Write arrays, by default uncompressed: then equal arrays give equal bytes (np.savez leaves headers to Python's
+    patch release, and zlib has variants)."""
     with atomic(path) as part, zipfile.ZipFile(part, "w") as archive:
         for name, array in arrays.items():
             content = io.BytesIO()
             np.lib.format.write_array(content, np.asanyarray(array), allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getbuffer())
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getbuffer(), compression)
+
+
+def same_arrays(one: Path, other: Path) -> bool:
+    """Whether two .npz files hold the same arrays, compressed or not."""
+    ours, theirs = read_npz(one), read_npz(other)
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype == theirs[name].dtype and np.array_equal(ours[name], theirs[name]) for name in ours
+    )
 
 
 def unpack(archive: tarfile.TarFile, folder: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from zipfile import ZIP_DEFLATED
 
 import numpy as np
 import pandas as pd
@@ -55,9 +56,11 @@ def pack(study: str, out: Path | None = None, weights: bool = False, shifted: bo
 def halve_precision(path: Path) -> bool:
     """Rewrite a run's logits in half precision, each row's largest as 0, if no metric changes by more than TOLERANCE.
 
-    Compared are all metrics of both splits, as trained and under either temperature. Returns whether it was done.
+    Compared are all metrics of both splits, as trained and under either temperature. Returns whether it was done. The
+    file is compressed either way.
     """
     file, splits = paths.read_npz(path), runs.read_logits(path)
+    paths.write_npz(path, ZIP_DEFLATED, **file)
     half = {}
     for split, (logits, *rest) in splits.items():
         shifted = logits - logits.max(axis=1, keepdims=True)
@@ -69,14 +72,21 @@ def halve_precision(path: Path) -> bool:
     before, after = (calibrate.measure(of, chosen) for of in (splits, back))
     if max(abs(a["value"] - b["value"]) for a, b in zip(before, after, strict=True)) > TOLERANCE:
         return False
-    paths.write_npz(path, **file | {f"{split}_logits": pair[0] for split, pair in half.items()})
+    paths.write_npz(path, ZIP_DEFLATED, **file | {f"{split}_logits": pair[0] for split, pair in half.items()})
     return True
 
 
-def leave_weaker_noise_out(path: Path) -> None:
-    """Rewrite a run's shifted.npz without the noise of severities 1 to 4, half of a run's size."""
-    weaker = [f"noise{level}" for level in range(1, 5)]
-    paths.write_npz(path, **{name: logits for name, logits in paths.read_npz(path).items() if name not in weaker})
+def slim_shifted(path: Path, weaker: bool) -> None:
+    """Rewrite a run's shifted.npz compressed, and without weaker noise: without that of severities 1 to 4."""
+    out = set() if weaker else {f"noise{level}" for level in range(1, 5)}
+    file = paths.read_npz(path)
+    paths.write_npz(path, ZIP_DEFLATED, **{name: logits for name, logits in file.items() if name not in out})
+
+
+def same_results(one: Path, other: Path) -> tuple[bool, bool]:
+    """Whether the histories of two runs have the same bytes, and whether their logits are the same numbers."""
+    histories = [(run / "history.csv").read_bytes() for run in (one, other)]
+    return histories[0] == histories[1], paths.same_arrays(one / "logits.npz", other / "logits.npz")
 
 
 def _checked(run: Path) -> None:
@@ -93,7 +103,8 @@ def _checked(run: Path) -> None:
 def add(archive: Path) -> Path:
     """Unpack a packed file into published/<study>; that folder.
 
-    Logits are kept in half precision where that changes no metric, and weaker noise than the strongest for seed 0 only.
+    Logits are kept in half precision where that changes no metric, and weaker noise than the strongest for seed 0 only;
+    both are compressed.
     Nothing changes unless every run in it is whole. Raises ValueError if one is not, if a file of another kind is in
     it, or if a run is published already with other results.
     """
@@ -122,11 +133,10 @@ def add(archive: Path) -> Path:
             half = halve_precision(run / "logits.npz")
             print(f"{study}, {run.parent.name}, seed {run.name}: logits in {'half' if half else 'single'} precision")
             there = target / run.relative_to(source)
-            same = [(there / n).read_bytes() == (run / n).read_bytes() for n in RUN_FILES[:2] if there.is_dir()]
-            if not all(same):
+            if there.is_dir() and not all(same_results(there, run)):
                 raise ValueError(f"{there} is published already, with other results; delete it first to replace it.")
-            if run.name != "0" and (run / "shifted.npz").is_file():
-                leave_weaker_noise_out(run / "shifted.npz")
+            if (run / "shifted.npz").is_file():
+                slim_shifted(run / "shifted.npz", weaker=run.name == "0")
         target.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".part-") as aside:  # the whole of it, or nothing
             whole = Path(aside) / "whole"
