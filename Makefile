@@ -26,7 +26,7 @@ results: data
 	$(call timed,Trainings: one for each loss and as many at once as there are cores (two cores: 5 to 20 minutes),\
 		python -m compendium grid run 'train@*')
 	$(call timed,Analyses of what was trained and of the headline study (two cores: two to six minutes),\
-		python -m compendium grid run 'analyse@*' 'analyse-published@$(HEADLINE)-*')
+		python -m compendium grid run 'analyse@*' 'analyse*@$(HEADLINE)-*')
 	@echo
 	@echo "Trained here, 30 epochs:"
 	@cat figures/fashion/08_results/results.md

@@ -41,10 +41,11 @@ OVER, UNDER = "over-confident", "under-confident"
 
 
 def headline() -> str:
-    """The study that leads: active.headline, or the first of active.studies, if that is not analysed."""
+    """The study that leads: active.headline, or the first of active.studies, if chapter 8 is not there of that."""
     chosen = settings.active()
-    named = settings.params()["active"].get("headline")
-    return named if named in chosen["analysed"] else chosen["studies"][0]
+    return (
+        chosen["headline"] if chosen["headline"] in (*chosen["analysed"], *chosen["studies"]) else chosen["studies"][0]
+    )
 
 
 def title(study: str) -> str:
@@ -115,10 +116,9 @@ def cells(group: str) -> pd.DataFrame:
     names = table.metric.map({metric: name for metric, (name, _) in METRIC_NAMES.items()})
     shown = pd.DataFrame({"data set": table.dataset, "network": table.network, "loss": table.loss.map(plots.label)})
     shown["metric"], shown["scaling"], shown["papers"] = names, table.scaling, table.paper.round(2)
-    shown["ours"] = shown["verdict"] = table.verdict.fillna("no verdict")
-    for column in ("ours", "sd"):  # empty where there is none
-        shown[column] = ["" if np.isnan(value) else f"{value:.2f}" for value in table[column]]
-    return shown.assign(source=table.quality)
+    text = {name: ["" if np.isnan(value) else f"{value:.2f}" for value in table[name]] for name in ("ours", "sd")}
+    verdict = table.verdict.fillna("no verdict")
+    return shown.assign(ours=text["ours"], verdict=verdict, sd=text["sd"], source=table.quality)
 
 
 def scripts(source: Path) -> str:
@@ -436,11 +436,11 @@ def chapters(source: Path, groups: dict[str, str]) -> str:
     found = []
     for study, caption in groups.items():
         folder, entries = paths.study(study) / "notebooks", []
-        for path in sorted(
-            [*folder.glob("*.ipynb"), *folder.glob("02_train/cross_entropy-0.ipynb")],
-            key=lambda p: p.parent.name if "02" in p.parent.name else p.name,
-        ):
-            name = f"{study}-{'02_train' if path.parent.name == '02_train' else path.stem}"
+        pages = {path.stem: path for path in folder.glob("*.ipynb")}
+        if (one := folder / "02_train" / "cross_entropy-0.ipynb").is_file():
+            pages["02_train"] = one
+        for chapter, path in sorted(pages.items()):
+            name = f"{study}-{chapter}"
             page = nbformat.read(path, 4)
             heading, _, rest = page.cells[0].source.partition("\n")
             entries.append(f"{heading.removeprefix('# ')} <{name}>")
@@ -497,6 +497,8 @@ def raw(html: str) -> str:
 
 def build(out: Path) -> None:
     """Build the site into ``out``."""
+    if out.exists() and not (out / "objects.inv").is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} is there and holds no report; name another folder, or delete it first.")
     chosen, first = settings.active(), headline()
     studies = list(dict.fromkeys([first, *chosen["studies"], *chosen["analysed"]]))
     work = paths.root() / "artifacts" / "report"  # MyST-NB leaves copies of the notebooks beside what it builds
@@ -505,13 +507,12 @@ def build(out: Path) -> None:
     source.mkdir(parents=True)
     for name in ("conf.py", "report.css", "theme.js"):
         shutil.copy(HERE / name, source)
-    active = settings.params()["active"]
-    repeats = list(active.get("repeats") or {})
+    repeats = list(chosen["repeats"])
     groups = {study: f"{study}: {title(study)}" for study in studies}
     groups |= {name: f"{name}: sweep over sizes of training set" for name in chosen["sweeps"]}
     groups |= {name: f"{name}: their own data and networks" for name in repeats}
-    groups |= {name: f"{name}: two studies compared" for name in active.get("comparisons") or {}}
-    groups |= {name: f"{name}: the generalized focal loss" for name in active.get("detectors") or []}
+    groups |= {name: f"{name}: two studies compared" for name in chosen["comparisons"]}
+    groups |= {name: f"{name}: the generalized focal loss" for name in chosen["detectors"]}
     quick = [f"## The quick study: {title(name)}\n\n{how(name)}\n\n{results(name)}" for name in chosen["studies"]]
     parts = {
         "answer": answer(first), "study": first, "title": title(first), "how": how(first), "results": results(first),

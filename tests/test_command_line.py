@@ -75,6 +75,10 @@ def test_what_is_not_installed_is_named(missing, arguments, extras):
         (["data", "--prepare", "huge"], "Unknown study 'huge'"),
         (["assess", "mine", "none.npz"], "none.npz is missing"),
         (["publish", "add", "none.tar"], "[Errno 2] No such file or directory: 'none.tar'"),
+        (
+            ["notebook", "--strip", "a", "b", "-p", "study", "x"],
+            "-p goes with executing a notebook; --strip and --fill",
+        ),
         (["grid", "run", "--jobs", "0"], "--jobs must be 1 or more, got 0."),
         (["grid", "cancel"], "There is no such grid; started here: none."),
         (["bench", "--networks", "resnet9000"], "Unknown network 'resnet9000'; choose one of: small_resnet"),

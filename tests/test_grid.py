@@ -138,6 +138,16 @@ def test_what_is_no_grid_is_refused_in_one_sentence(bare, handlers_kept, argumen
     assert str(refused.value).startswith(f"focalcal: {sentence}")
 
 
+def test_a_grid_is_where_its_folder_is_and_none_is_ones_own(bare):
+    """A compendium that was moved, in a container whose process numbers begin anew."""
+    started = grid.Grid(bare / "elsewhere", "local", "", os.getpid(), {"train@tiny-focal1-0": None})
+    started.save()
+    (bare / "scratch/grid").mkdir(parents=True)
+    (bare / "elsewhere").rename(bare / "scratch/grid/moved")
+    assert grid.opened(None).folder == bare / "scratch/grid/moved"
+    assert grid.ended_elsewhere(["train@tiny-focal1-0"]) == {}
+
+
 def test_no_cluster_no_commit(bare, handlers_kept, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         command_line.main(["grid", "run", "--executor", "slrum"])

@@ -11,7 +11,7 @@ import torch
 from helpers import parameters, write_parameters
 from PIL import Image
 
-from compendium import fetch, images, paths
+from compendium import fetch, images, paths, prepare
 from compendium.__main__ import main
 from compendium.settings import Data
 from focalcal import feed
@@ -168,6 +168,9 @@ def test_the_split_is_that_of_the_published_code():
 
 
 def test_bad_requests_are_named():
+    for own in ({"vectors": "cut-out"}, {"masked": [1]}):
+        with pytest.raises(ValueError, match="'vectors' and 'masked' are settings of texts"):
+            prepare.prepare(Data(dataset="digits", train=1, val=1, test=1, **own))
     with pytest.raises(ValueError, match="Unknown data set 'imagenet'; choose one of: fashion_mnist"):
         images.prepare(Data(dataset="imagenet", train=1, val=1, test=1))
     with pytest.raises(ValueError, match="digits has 1000 training and 797 test images; train 1000 [+] val 1 and test"):

@@ -1,6 +1,7 @@
 import errno
 import io
 import tarfile
+import zipfile
 
 import numpy as np
 import pandas as pd
@@ -71,6 +72,16 @@ def test_what_is_damaged_is_named_with_advice_that_fits(folder, damage):
     with pytest.raises(ValueError, match="logits.npz is truncated or damaged .*; make or copy it anew") as problem:
         paths.read_npz(folder / "logits.npz")
     assert "dvc" not in str(problem.value) and "\n" not in str(problem.value)
+
+
+def test_a_damaged_byte_of_a_compressed_file_is_found(folder):
+    path = folder / "logits.npz"
+    paths.write_npz(path, zipfile.ZIP_DEFLATED, logits=np.zeros((20, 3)))
+    content = bytearray(path.read_bytes())
+    content[30 + len("logits.npy")] = 0xFF  # the first one behind the header: there is no such block
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="logits.npz is truncated or damaged .*invalid block type"):
+        paths.read_npz(path)
 
 
 def test_a_single_array_is_no_npz_file(tmp_path):

@@ -176,14 +176,35 @@ def test_what_is_not_whole_is_named(compendium, capsys):
             archive.add(compendium / "dvc.yaml", name)
         with pytest.raises(ValueError, match="other.tar is not what `compendium publish pack` writes"):
             publish.add(compendium / "other.tar")
-    (paths.run("tiny", "brier", 0) / "history.csv").write_text("epoch,test_nll\n1,0.5\n3,0.4\n")
-    publish.pack("tiny")
-    with pytest.raises(ValueError, match="brier, seed 0: history.csv does not hold every epoch once"):
-        publish.add(packed)
+    run = paths.run("tiny", "brier", 0)
+    for name, content, words in (
+        ("history.csv", b"epoch,test_nll\n1,0.5\n3,0.4\n", ": history.csv does not hold every epoch once"),
+        ("history.csv", b"a,b\n1,0.5\n", ": history.csv does not hold every epoch once"),
+        ("history.csv", b"epoch,test_nll\n1,inf\n", ": the test NLL in history.csv is not finite"),
+        ("gradients.npz", b"nothing", ", is damaged in the packed file: .*gradients.npz"),
+        ("logits.npz", b"nothing", ", is damaged in the packed file: .*logits.npz"),
+    ):
+        before = (run / name).read_bytes()
+        (run / name).write_bytes(content)
+        publish.pack("tiny")
+        with pytest.raises(ValueError, match=f"brier, seed 0{words}"):
+            publish.add(packed)
+        (run / name).write_bytes(before)
     assert not (compendium / "published").exists()
     with pytest.raises(SystemExit, match="focalcal: No finished run in .*nothing/runs; train first"):
         main(["publish", "pack", "nothing"])
     assert not (compendium / "nothing.tar").exists()
+
+
+def test_of_two_archives_the_good_one_is_published_whole(compendium, monkeypatch):
+    called = []
+    monkeypatch.setattr(publish.subprocess, "run", lambda words, **_: called.append(words[-1]) or done)
+    done = subprocess.CompletedProcess([], 0)
+    publish.pack("tiny")
+    (compendium / "bad.tar").write_bytes(b"nothing")
+    with pytest.raises(SystemExit, match="bad.tar is damaged or no tar file"):
+        main(["publish", "add", "tiny.tar", "bad.tar"])
+    assert called == [compendium / "published/tiny", f"{compendium / 'published/tiny'}.dvc"]
 
 
 def test_a_full_disk_leaves_what_was_published(compendium, monkeypatch):

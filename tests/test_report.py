@@ -70,6 +70,15 @@ def drawn_ece(site, loss):
     return 100 * (bins.confidence - bins.right).abs().sum() / bins.samples.sum()
 
 
+def test_a_folder_that_holds_something_else_is_kept(site, tmp_path):
+    (tmp_path / "notes").touch()
+    words = [sys.executable, "-m", "compendium", "report", tmp_path]
+    clone = site.with_name("clone")
+    done = subprocess.run(words, cwd=clone, env=os.environ | {"PYTHONPATH": str(clone / "src")}, capture_output=True)
+    assert done.returncode == 1 and b"holds no report; name another folder" in done.stderr
+    assert (tmp_path / "notes").exists()
+
+
 def test_every_link_resolves_and_none_leaves_for_a_script_or_style(site):
     pages = sorted(site.glob("*.html"))
     assert len(pages) > 15

@@ -75,8 +75,10 @@ def test_trees_children_first():
     [
         ("(3 (2 a) (2 b)", "its brackets do not match"),
         ("(3 (2 a) (2 b)))", "its brackets do not match"),
-        ("(3 (2 a) (2 b) (2 c))", "a node has neither one word nor two children"),
-        ("(3 (2 a))", "a node has neither one word nor two children"),
+        ("(3 (2 a) (2 b) (2 c))", "a node has not a label and one word, nor"),
+        ("(3 (2 a))", "a node has not a label and one word, nor"),
+        ("(3 () (2 b))", "a node has not a label and one word, nor"),
+        ("((2 a) 2)", "a node has not a label and one word, nor"),
         ("(7 (2 a) (2 b))", "'7' is no label from 0 to 4"),
         ("(3 (2 a) (2 b)) (2 c)", "its brackets do not match"),
     ],

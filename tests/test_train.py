@@ -204,9 +204,11 @@ def test_gradient_histograms_are_taken_early_midway_and_late():
 def test_device_by_environment(monkeypatch):
     monkeypatch.setenv("FOCALCAL_DEVICE", "cpu")
     assert devices.device().type == "cpu"
-    monkeypatch.setenv("FOCALCAL_DEVICE", "tpu")
-    with pytest.raises(ValueError, match="FOCALCAL_DEVICE is 'tpu', which this machine does not have; use auto, "):
-        devices.device()
+    for name in ("tpu", "cpu:1", "cpu:abc", "cpu:", "cuda:99"):
+        monkeypatch.setenv("FOCALCAL_DEVICE", name)
+        words = f"FOCALCAL_DEVICE is '{name}', which this machine does not have; use auto, "
+        with pytest.raises(ValueError, match=words):
+            devices.device()
 
 
 def test_the_gpu_may_be_named_or_not(monkeypatch):

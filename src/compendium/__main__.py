@@ -141,6 +141,8 @@ def call(given: argparse.Namespace) -> int | None:
     elif given.verb == "notebook":
         from compendium import notebook
 
+        if given.p and (given.strip or given.fill):
+            raise ValueError("-p goes with executing a notebook; --strip and --fill take two folders only.")
         if given.strip:
             notebook.strip(given.notebook, given.out)
         elif given.fill:

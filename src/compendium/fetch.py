@@ -6,6 +6,7 @@ publishers of texts; for Fashion-MNIST Debian's package, and for a large part of
 
 import gzip
 import hashlib
+import http.client
 import json
 import os
 import shutil
@@ -100,15 +101,17 @@ def _copy_text(source: Path, name: str, folder: Path) -> str | None:
         first = next(iter(sorted(source.rglob("alt.atheism"))), None)
         if first is None:
             return f"there is no folder alt.atheism in {source}"
-        files = [file for file in sorted(first.parent.glob("*/*")) if file.name.isdigit()]
-        if len(files) != DOCUMENTS:
-            return f"{first.parent} holds {len(files)} documents instead of {DOCUMENTS:,} (a later edition will not do)"
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as scratch:  # whole, or not at all
-            for file in files:
+        documents = [file for file in sorted(first.parent.glob("*/*")) if file.name.isdigit()]
+        if len(documents) != DOCUMENTS:
+            many = f"{len(documents)} documents instead of {DOCUMENTS:,}"
+            return f"{first.parent} holds {many} (a later edition will not do)"
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as scratch:  # whole groups, or none of one
+            for file in documents:
                 (Path(scratch) / file.parent.name).mkdir(exist_ok=True)
                 shutil.copyfile(file, Path(scratch) / file.parent.name / file.name)
-            shutil.rmtree(folder)
-            shutil.copytree(scratch, folder)
+            for group in Path(scratch).iterdir():
+                shutil.rmtree(folder / group.name, ignore_errors=True)
+                group.rename(folder / group.name)
         return None
     wanted = "glove.6B.100d.txt" if name == "glove" else "glove.6B.100d.part.txt"
     found = next(iter(sorted(source.rglob(wanted))), None)
@@ -149,7 +152,7 @@ def _from_publisher(name: str, folder: Path) -> str | None:
         try:
             with urllib.request.urlopen(ARCHIVES[name], timeout=20) as answer, open(archive, "wb") as file:
                 shutil.copyfileobj(answer, file)
-        except OSError as problem:
+        except (OSError, http.client.HTTPException) as problem:
             return f"{ARCHIVES[name]}: {problem}"
         return _unpacked(archive, name, folder)
 

@@ -373,9 +373,14 @@ def ended_elsewhere(names) -> dict[str, dict]:
         earlier = opened(name)
         if not set(earlier.stages) & set(names):
             continue
+        if earlier.pid == os.getpid():  # in a container that was started again
+            earlier.pid = 0
         rows = {stage: row for stage, row in earlier.rows().items() if stage in names}
         if SILENT in {row["note"] for row in rows.values()}:
-            raise RuntimeError(f"{SILENT}, so whether grid {name} still runs them cannot be told here.")
+            raise RuntimeError(
+                f"{SILENT}, so whether grid {name} still runs them cannot be told here. Run this where squeue works; "
+                f"if the grid has ended, delete {earlier.folder}."
+            )
         if {"waiting", "running"} & {row["state"] for row in rows.values()}:
             advice = f"`status --wait {name}` follows and `cancel {name}` stops it"
             raise RuntimeError(f"Grid {name} still runs them; {advice}.")
@@ -410,8 +415,8 @@ def opened(name: str | None) -> Grid:
     found = _started()
     if not found or name not in (None, *found):
         raise ValueError(f"There is no such grid; started here: {', '.join(found) or 'none'}.")
-    values = json.loads((paths.scratch() / "grid" / (name or found[-1]) / "grid.json").read_text())
-    return Grid(**values | {"folder": Path(values["folder"])})
+    folder = paths.scratch().resolve() / "grid" / (name or found[-1])
+    return Grid(**json.loads((folder / "grid.json").read_text()) | {"folder": folder})
 
 
 def cancel(grid: Grid) -> None:

@@ -131,8 +131,8 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
     Where ``study`` is not the notebook's own, the first cell says of which study its text is.
 
     Raises ValueError for parameters that the notebook's parameters cell does not define, and RuntimeError, in
-    one sentence, if a cell fails or the last one did not run; ``out`` is then left as it was and the failed
-    notebook is kept under artifacts/failed.
+    one sentence, if a cell fails, when the failed notebook is kept under artifacts/failed, or if the last cell did not
+    run. ``out`` is then left as it was.
     """
     import papermill
 

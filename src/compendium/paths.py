@@ -6,6 +6,7 @@ import os
 import shutil
 import tarfile
 import zipfile
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             opened.seek(0)
             with np.load(opened) as file:
                 return {name: file[name] for name in file.files}
-    except (zipfile.BadZipFile, ValueError, EOFError) as problem:
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as problem:
         ours = "delete it and run `dvc checkout` or `dvc repro`"
         advice = ours if _is_artifact(path) else "make or copy it anew"
         raise ValueError(f"{path} is truncated or damaged ({problem}); {advice}.") from problem

@@ -5,10 +5,13 @@ from compendium.settings import Data
 
 
 def prepare(config: Data) -> dict:
-    """The arrays of a study's prepared.npz, of images or texts; ValueError for an unknown data set."""
+    """The arrays of a study's prepared.npz, of images or texts; ValueError for an unknown data set, and for images with
+    settings of texts."""
     if config.dataset in texts.DATASETS:
         return texts.prepare(config)
     if config.dataset in images.DATASETS:
+        if config.vectors or config.masked:
+            raise ValueError("'vectors' and 'masked' are settings of texts, and this study's data are images.")
         return images.prepare(config)
     known = (*images.DATASETS, *texts.DATASETS)
     raise ValueError(f"Unknown data set '{config.dataset}'; choose one of: {', '.join(known)}.")

@@ -95,9 +95,15 @@ def _checked(run: Path) -> None:
         if not (run / name).is_file():
             raise ValueError(f"{run.parent.name}, seed {run.name}: {name} is missing in the packed file.")
     history = pd.read_csv(run / "history.csv")
-    if history.epoch.tolist() != list(range(1, len(history) + 1)) or not np.isfinite(history.test_nll).all():
+    if not {"epoch", "test_nll"} <= set(history) or history["epoch"].tolist() != list(range(1, len(history) + 1)):
         raise ValueError(f"{run.parent.name}, seed {run.name}: history.csv does not hold every epoch once.")
-    runs.read_logits(run / "logits.npz")
+    if not np.isfinite(history["test_nll"]).all():
+        raise ValueError(f"{run.parent.name}, seed {run.name}: the test NLL in history.csv is not finite.")
+    try:
+        runs.read_logits(run / "logits.npz")
+        paths.read_npz(run / "gradients.npz")
+    except ValueError as problem:
+        raise ValueError(f"{run.parent.name}, seed {run.name}, is damaged in the packed file: {problem}") from problem
 
 
 def add(archive: Path) -> Path:
@@ -151,7 +157,7 @@ def add(archive: Path) -> Path:
 
 def publish(archives: list[Path]) -> None:
     """Add packed runs, pin them with DVC and push them to the store."""
-    for folder in dict.fromkeys([add(archive) for archive in archives]):
+    for folder in map(add, archives):  # each is pinned and pushed before the next begins
         for verb, where in (("add", folder), ("push", f"{folder}.dvc")):
             if subprocess.run([sys.executable, "-m", "dvc", verb, "-q", where], cwd=paths.root()).returncode:
                 raise RuntimeError(f"`dvc {verb} {where}` failed; put it right and run it again.")

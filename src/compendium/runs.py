@@ -29,7 +29,7 @@ def pairs(study: str, only=()) -> list[tuple[str, int]]:
 
     only: some of the losses; ValueError, which names those there are, if the study lacks one.
     """
-    table = pd.read_csv(paths.existing(paths.study(study) / "temperatures.csv"), keep_default_na=False)
+    table = _read(study, "temperatures.csv")
     found = list(dict.fromkeys(zip(table.loss, table.seed.tolist(), strict=True)))
     there = list(dict.fromkeys(loss for loss, _ in found))
     if missing := [loss for loss in only if loss not in there]:
@@ -106,7 +106,9 @@ def read_logits(path: Path) -> dict[str, tuple]:
     try:
         masked = tuple(file["masked"].tolist()) if "masked" in file else ()
         return {split: (*check(file[f"{split}_logits"], file[f"{split}_labels"]), masked) for split in SPLITS}
-    except (KeyError, ValueError) as problem:
+    except KeyError as problem:
+        raise ValueError(f"{path} lacks the array {problem}.") from problem
+    except ValueError as problem:
         raise ValueError(f"{path}: {problem}") from problem
 
 
@@ -123,8 +125,12 @@ def metrics(study: str, only=()) -> pd.DataFrame:
     return _table(study, "metrics.csv", only)
 
 
+def _read(study: str, name: str) -> pd.DataFrame:
+    return pd.read_csv(paths.existing(paths.study(study) / name), keep_default_na=False, dtype={"loss": str})
+
+
 def _table(study: str, name: str, only) -> pd.DataFrame:
-    table = pd.read_csv(paths.existing(paths.study(study) / name), keep_default_na=False)
+    table = _read(study, name)
     return table[table.loss.isin(losses_and_seeds(study, only)[0])].reset_index(drop=True) if only else table
 
 

@@ -12,8 +12,11 @@ from pydantic.dataclasses import dataclass as checked
 
 from compendium import paths
 
-ACTIVE = {"studies", "headline", "published", "analysed", "sweeps", "repeats", "detectors", "comparisons"}
-ACTIVE |= {"losses", "seeds"}
+LISTS, MAPPINGS = (
+    ("studies", "published", "analysed", "detectors", "losses", "seeds"),
+    ("sweeps", "repeats", "comparisons"),
+)
+ACTIVE = {*LISTS, *MAPPINGS, "headline"}
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -91,11 +94,12 @@ def block(parent: dict, name: str, place: str) -> dict:
 
 
 def active() -> dict:
-    """The block ``active`` of params.yaml: lists, of which a missing one is empty, and the mapping ``sweeps``."""
+    """The block ``active`` of params.yaml: its lists and mappings, of which a missing one is empty, and headline, a
+    name or None."""
     given = block(params(), "active", "active")
     if unknown := set(given) - ACTIVE:
         raise ValueError(f"active in params.yaml has no '{min(unknown)}'; it has: {', '.join(sorted(ACTIVE))}.")
-    chosen = {name: given.get(name) or [] for name in ("studies", "published", "analysed", "losses", "seeds")}
+    chosen = {name: given.get(name) or [] for name in LISTS}
     for name, values in chosen.items():
         if not isinstance(values, list):
             raise ValueError(f"active.{name} in params.yaml must be a list, got {values!r}.")
@@ -106,7 +110,8 @@ def active() -> dict:
             f"'{min(both)}' stands under active.studies and active.published in params.yaml: its runs are either "
             "trained here or taken from published/; delete it from one of the two."
         )
-    return chosen | {"sweeps": block(given, "sweeps", "active.sweeps")}
+    chosen |= {name: block(given, name, f"active.{name}") for name in MAPPINGS}
+    return chosen | {"headline": given.get("headline")}
 
 
 def study(name: str) -> Study:

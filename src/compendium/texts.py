@@ -85,7 +85,7 @@ def vectors(name: str, wanted: list[str], missing=lambda n: np.zeros((n, DIMENSI
         raise ValueError(f"{path} has a vector for none of the {len(wanted):,} words of the study.")
     found = np.array([word in rows for word in wanted])
     table = np.empty((len(wanted), DIMENSIONS), np.float32)
-    table[found] = np.array([rows[word] for word in np.array(wanted, object)[found]], np.float32)
+    table[found] = np.array([rows[word] for word in wanted if word in rows], np.float32)
     table[~found] = missing(int((~found).sum()))
     print(f"{name}: vectors of {found.sum():,} of {len(wanted):,} words.")
     return table
@@ -168,10 +168,11 @@ def trees(text: str, where: str) -> list[dict[str, list]]:
                 elif part != ")":
                     open_nodes[-1].append(part)
                 else:
-                    label, *children = open_nodes.pop()
-                    leaf = len(children) == 1 and isinstance(children[0], str)
-                    if not leaf and [type(child) for child in children] != [int, int]:
-                        raise ValueError("a node has neither one word nor two children")
+                    node = open_nodes.pop()
+                    leaf = [type(part) for part in node] == [str, str]
+                    if not leaf and [type(part) for part in node] != [str, int, int]:
+                        raise ValueError("a node has not a label and one word, nor a label and two children")
+                    label, *children = node
                     if label not in ("0", "1", "2", "3", "4"):
                         raise ValueError(f"'{label}' is no label from 0 to 4")
                     word, left, right = (children[0], -1, -1) if leaf else (None, *children)

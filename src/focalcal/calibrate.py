@@ -86,7 +86,7 @@ def _residuals(z: np.ndarray, correct: np.ndarray, bins: int) -> np.ndarray:
 def gradient_factor(p, gamma):
     """g(p, gamma), by which the focal loss scales the gradient of cross-entropy (Mukhoti et al. 2020, prop. 1).
 
-    p: true-class probability in (0, 1]; gamma >= 0; broadcast against each other.
+    p: true-class probability in (0, 1); gamma >= 0; broadcast against each other.
     """
     p = np.asarray(p, np.float64)
     return (1 - p) ** gamma - gamma * p * (1 - p) ** (gamma - 1) * np.log(p)

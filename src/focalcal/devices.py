@@ -13,11 +13,13 @@ def device() -> torch.device:
     ValueError if that names what is not there.
     """
     wanted = os.environ.get("FOCALCAL_DEVICE", "auto")
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    usable = [name for name, ok in there.items() if ok]
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = {"cuda": gpus, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    usable = [name for name, count in there.items() if count]
     if wanted == "auto":
         return torch.device(usable[0])
-    if wanted.split(":")[0] not in usable:
+    kind, colon, number = wanted.partition(":")
+    if kind not in usable or (colon and not (number.isdecimal() and int(number) < there[kind])):
         raise ValueError(
             f"FOCALCAL_DEVICE is '{wanted}', which this machine does not have; use auto, {', '.join(usable)}."
         )
