@@ -43,9 +43,8 @@ OVER, UNDER = "over-confident", "under-confident"
 def headline() -> str:
     """The study that leads: active.headline, or the first of active.studies, if chapter 8 is not there of that."""
     chosen = settings.active()
-    return (
-        chosen["headline"] if chosen["headline"] in (*chosen["analysed"], *chosen["studies"]) else chosen["studies"][0]
-    )
+    there = (*chosen["analysed"], *chosen["studies"])
+    return chosen["headline"] if chosen["headline"] in there else chosen["studies"][0]
 
 
 def title(study: str) -> str:
@@ -497,7 +496,7 @@ def raw(html: str) -> str:
 
 def build(out: Path) -> None:
     """Build the site into ``out``."""
-    if out.exists() and not (out / "objects.inv").is_file() and not (out.is_dir() and not any(out.iterdir())):
+    if (out.is_file() or out.is_dir() and any(out.iterdir())) and not (out / "objects.inv").is_file():
         raise ValueError(f"{out} is there and holds no report; name another folder, or delete it first.")
     chosen, first = settings.active(), headline()
     studies = list(dict.fromkeys([first, *chosen["studies"], *chosen["analysed"]]))
