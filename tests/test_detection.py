@@ -73,6 +73,8 @@ def test_iou_and_the_two_focal_losses():
     least = q[detection.soft_focal(q.logit(), y).argmin()].item()
     a = [(1 - x) ** 2 / x - 2 * (1 - x) * np.log(x) for x in (least, 1 - least)]  # minus the derivative of a part
     assert 0.69 < least < 0.70 and a[1] / sum(a) == pytest.approx(0.9, abs=1e-3)
+    z = torch.tensor([-1.0, 0.3, 2.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: detection.soft_focal(z, torch.tensor([0.2, 0.9, 0.5]).double()), z)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +94,12 @@ def test_the_loss_of_one_location_by_hand(score, scores_own):
     known = scores_own + 2 * 0.75 + branch
     assert detection.losses(maps, *truth, score, 0.0).item() == pytest.approx(known, abs=1e-4)
     assert detection.losses(maps, *truth, score).item() == pytest.approx(known + 0.25 * 25, abs=1e-4)
+    slopes = {}
+    for name in (score, "focal"):  # a target that is an IoU is a number: the score's loss does not move the box
+        moved = (maps / 20).requires_grad_()  # the sides' positions less sure, so that a box can move
+        detection.losses(moved, *truth, name).backward()
+        slopes[name] = moved.grad[0, 2:, 0, 0]
+    torch.testing.assert_close(slopes[score], slopes["focal"])
 
 
 @pytest.mark.parametrize("score", detection.SCORES)
