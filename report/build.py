@@ -43,8 +43,10 @@ OVER, UNDER = "over-confident", "under-confident"
 def headline() -> str:
     """The study that leads: active.headline, or the first of active.studies, if chapter 8 is not there of that."""
     chosen = settings.active()
-    there = (*chosen["analysed"], *chosen["studies"])
-    return chosen["headline"] if chosen["headline"] in there else chosen["studies"][0]
+    there = (*chosen["studies"], *chosen["analysed"])
+    if not there:
+        raise ValueError("No study to report on; name one under active.studies in params.yaml.")
+    return chosen["headline"] if chosen["headline"] in there else there[0]
 
 
 def title(study: str) -> str:
@@ -109,9 +111,8 @@ def _first(column: pd.Series) -> pd.Series:
 def cells(group: str) -> pd.DataFrame:
     """Every published cell with ours, as chapter 13 left them."""
     table = pd.read_csv(paths.existing(paths.root() / "figures" / group / "13_published_cells" / "cells.csv"))
-    table = table.sort_values(
-        "seeds", ascending=False, key=lambda seeds: seeds > 0, kind="stable"
-    )  # what was run first
+    was_run = {"ascending": False, "key": lambda seeds: seeds > 0}  # before what is owed
+    table = table.sort_values("seeds", kind="stable", **was_run)
     names = table.metric.map({metric: name for metric, (name, _) in METRIC_NAMES.items()})
     shown = pd.DataFrame({"data set": table.dataset, "network": table.network, "loss": table.loss.map(plots.label)})
     shown["metric"], shown["scaling"], shown["papers"] = names, table.scaling, table.paper.round(2)
@@ -512,12 +513,13 @@ def build(out: Path) -> None:
     groups |= {name: f"{name}: their own data and networks" for name in repeats}
     groups |= {name: f"{name}: two studies compared" for name in chosen["comparisons"]}
     groups |= {name: f"{name}: the generalized focal loss" for name in chosen["detectors"]}
-    quick = [f"## The quick study: {title(name)}\n\n{how(name)}\n\n{results(name)}" for name in chosen["studies"]]
+    others = [name for name in chosen["studies"] if name != first]
+    quick = [f"## The quick study: {title(name)}\n\n{how(name)}\n\n{results(name)}" for name in others]
     parts = {
         "answer": answer(first), "study": first, "title": title(first), "how": how(first), "results": results(first),
         "counts": counts(repeats[0]) if repeats else "None was run.",
         "cells": raw(table_html("cells", cells(repeats[0]), [0, 1, 2, 3, 4, 7, -1])) if repeats else "",
-        "quick": "\n\n".join(part for name, part in zip(chosen["studies"], quick, strict=True) if name != first),
+        "quick": "\n\n".join(quick),
         "scripts": raw(scripts(source)), "table": raw(table_html("numbers", numbers(studies), [0, 1, 2, -1])),
         "reliability": raw(reliability(first)), "curves": raw(curves(first)), "chapters": chapters(source, groups),
     }  # fmt: skip

@@ -176,6 +176,11 @@ def test_what_is_not_whole_is_named(compendium, capsys):
             archive.add(compendium / "dvc.yaml", name)
         with pytest.raises(ValueError, match="other.tar is not what `compendium publish pack` writes"):
             publish.add(compendium / "other.tar")
+    with tarfile.open(compendium / "other.tar", "w") as archive:
+        for study in ("tiny", "other"):
+            archive.add(paths.root() / "params.yaml", f"{study}/params.yaml")
+    with pytest.raises(ValueError, match="other.tar holds several studies; pack each alone"):
+        publish.add(compendium / "other.tar")
     run = paths.run("tiny", "brier", 0)
     for name, content, words in (
         ("history.csv", b"epoch,test_nll\n1,0.5\n3,0.4\n", ": history.csv does not hold every epoch once"),

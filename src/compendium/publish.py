@@ -124,7 +124,9 @@ def add(archive: Path) -> Path:
                 paths.unpack(packed, scratch)
         except tarfile.TarError as problem:
             raise ValueError(f"{archive} is damaged or no tar file ({problem}).") from problem
-        source = next(Path(scratch).iterdir())
+        source, *others = sorted(Path(scratch).iterdir())
+        if others:
+            raise ValueError(f"{archive} holds several studies; pack each alone: `compendium publish pack STUDY`.")
         study = source.name
         settings.study(study)  # the analyses need its block
         target = paths.root() / "published" / study

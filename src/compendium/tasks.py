@@ -80,7 +80,9 @@ class Task(Checkpointable):
                         how = dvc(folder, *repro, **variables)
                         entry = load_yaml(folder / "dvc.lock")["stages"][stage]
                 if kept.exists():
-                    shutil.rmtree(kept.read_text(), ignore_errors=True)
+                    checkpoints = Path(kept.read_text())
+                    if shared.parent.parent in checkpoints.parents:  # in scratch/, whatever a broken file says
+                        shutil.rmtree(checkpoints, ignore_errors=True)
                     kept.unlink()
         except SystemExit as stop:
             if self.clone_settings and stop.code == STOPPED:
