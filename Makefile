@@ -1,10 +1,11 @@
-# make results    environment, data, trainings, analyses; ends with two tables     make test      the quick tests
-# make everything all that dvc repro can make anew                              make test-all  whole runs, too (docs)
+# make results    environment, data, trainings, analyses; ends with the tables     make test      the quick tests
+# make everything all that dvc repro can make anew                              make test-all  whole runs, too (README)
 # make artifacts  the committed results' histories, logits and notebooks, without training
 # make lab        JupyterLab on the notebooks     make report   a static site in site/ of what results or artifacts left
 # make grid       trainings at once, on every core or GPU; GRID="--executor slurm" on a cluster (docs/grid.md)
 # make bench      speed beside stock loops        make notebooks  what they made, into them, before a commit
 # make lock       requirements.txt anew from pyproject.toml
+# make clean      removes .venv and artifacts/, also what `compendium train` left there and nobody published
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -28,12 +29,12 @@ results: data
 	$(call timed,Analyses of what was trained and of the headline study (two cores: two to six minutes),\
 		python -m compendium grid run 'analyse@*' 'analyse*@$(HEADLINE)-*')
 	@echo
-	@echo "Trained here, 30 epochs:"
-	@cat figures/fashion/08_results/results.md
-	@echo "Published, the papers' 350 epochs, analysed here:"
+	@for study in $$(python -c "from compendium import settings; print(*settings.active()['studies'])"); do \
+		echo "Study $$study, trained here:"; cat figures/$$study/08_results/results.md; done
+	@echo "Study $(HEADLINE), which leads:"
 	@cat figures/$(HEADLINE)/08_results/results.md
 	@echo
-	@echo "Figures and tables:   figures/      (the tables above: 08_results of figures/fashion and $(HEADLINE))"
+	@echo "Figures and tables:   figures/      (the tables above: in 08_results of each study)"
 	@echo "Executed notebooks:   artifacts/$(HEADLINE)/notebooks/   (open them with: make lab)"
 	@echo "All in one page:      make report, then site/index.html"
 	@echo "What to make of it:   README.md"

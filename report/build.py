@@ -500,7 +500,10 @@ def build(out: Path) -> None:
     if (out.is_file() or out.is_dir() and any(out.iterdir())) and not (out / "objects.inv").is_file():
         raise ValueError(f"{out} is there and holds no report; name another folder, or delete it first.")
     chosen, first = settings.active(), headline()
-    studies = list(dict.fromkeys([first, *chosen["studies"], *chosen["analysed"]]))
+    here = [
+        name for name in (*chosen["studies"], *chosen["analysed"]) if (paths.study(name) / "temperatures.csv").is_file()
+    ]
+    studies = list(dict.fromkeys([first, *here]))  # `make results` leaves two of them
     work = paths.root() / "artifacts" / "report"  # MyST-NB leaves copies of the notebooks beside what it builds
     source, built = work / "source", work / "html"
     shutil.rmtree(work, ignore_errors=True)
@@ -513,13 +516,15 @@ def build(out: Path) -> None:
     groups |= {name: f"{name}: their own data and networks" for name in repeats}
     groups |= {name: f"{name}: two studies compared" for name in chosen["comparisons"]}
     groups |= {name: f"{name}: the generalized focal loss" for name in chosen["detectors"]}
-    others = [name for name in chosen["studies"] if name != first]
+    others = [name for name in chosen["studies"] if name in here and name != first]
+    verdicts = [name for name in repeats if (paths.study(name) / "notebooks" / "13_published_cells.ipynb").is_file()]
     quick = [f"## The quick study: {title(name)}\n\n{how(name)}\n\n{results(name)}" for name in others]
     parts = {
         "answer": answer(first), "study": first, "title": title(first), "how": how(first), "results": results(first),
         "counts": counts(repeats[0]) if repeats else "None was run.",
         "cells": raw(table_html("cells", cells(repeats[0]), [0, 1, 2, 3, 4, 7, -1])) if repeats else "",
         "quick": "\n\n".join(quick),
+        "rules": f"[chapter 13]({verdicts[0]}-13_published_cells.ipynb)" if verdicts else "chapter 13",
         "scripts": raw(scripts(source)), "table": raw(table_html("numbers", numbers(studies), [0, 1, 2, -1])),
         "reliability": raw(reliability(first)), "curves": raw(curves(first)), "chapters": chapters(source, groups),
     }  # fmt: skip

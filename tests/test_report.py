@@ -257,3 +257,18 @@ def test_no_page_needs_sideways_scrolling(site, page, width, scheme):
     for path in sorted(site.glob("*.html")):
         page.goto(f"file://{path}")
         assert page.evaluate("document.documentElement.scrollWidth") <= width, path.name
+
+
+def test_after_make_results_it_is_built_of_what_is_there(site):
+    """Last, since it takes away from the clone what only `make everything` and `make artifacts` leave."""
+    clone = site.with_name("clone")
+    for folder in (clone / "artifacts").iterdir():
+        if folder.name not in ("fashion", HEADLINE, "stripped"):
+            shutil.rmtree(folder)
+    words, less = [sys.executable, "-m", "compendium", "report"], site.with_name("less")
+    environment = os.environ | {"PYTHONPATH": str(clone / "src")}
+    done = subprocess.run([*words, less], cwd=clone, env=environment, capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    pages = {path.name for path in less.glob("*.html")}
+    assert "fashion-08_results.html" in pages and not any(page.startswith(("sst", "papers")) for page in pages)
+    assert ".ipynb" not in re.sub(r"(?s)<script.*?</script>", "", (less / "index.html").read_text())

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 VERBS = {  # verb -> what it does, an example
-    "data": ("Fetch raw data sets and verify every file.", "compendium data cifar10 svhn"),
+    "data": ("Fetch raw data sets, and verify them.", "compendium data cifar10 svhn"),
     "train": (
         "Train losses of a study outside the pipeline, together on the same batches.",
         "compendium train cifar10-resnet50 cross_entropy focal3 --seed 0",
