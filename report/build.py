@@ -111,8 +111,8 @@ def _first(column: pd.Series) -> pd.Series:
 def cells(group: str) -> pd.DataFrame:
     """Every published cell with ours, as chapter 13 left them."""
     table = pd.read_csv(paths.existing(paths.root() / "figures" / group / "13_published_cells" / "cells.csv"))
-    was_run = {"ascending": False, "key": lambda seeds: seeds > 0}  # before what is owed
-    table = table.sort_values("seeds", kind="stable", **was_run)
+    # What was run comes before what is owed.
+    table = table.sort_values("seeds", ascending=False, key=lambda seeds: seeds > 0, kind="stable")
     names = table.metric.map({metric: name for metric, (name, _) in METRIC_NAMES.items()})
     shown = pd.DataFrame({"data set": table.dataset, "network": table.network, "loss": table.loss.map(plots.label)})
     shown["metric"], shown["scaling"], shown["papers"] = names, table.scaling, table.paper.round(2)
