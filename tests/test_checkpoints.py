@@ -1,6 +1,7 @@
 """Interrupted trainings. tests/kills.py does the same with many real kills."""
 
 import errno
+import fcntl
 import signal
 import subprocess
 import sys
@@ -134,6 +135,17 @@ def test_two_processes_on_one_run(tmp_path, monkeypatch):
     assert second.returncode == 1 and second.stdout == ""
     with checkpoints.claim("s", "brier", 0, "k") as folder:
         assert folder.is_dir()
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def no_lock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setenv("FOCALCAL_SCRATCH", str(tmp_path))
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    message = f"file system of {tmp_path}/s has no locks"
+    with pytest.raises(RuntimeError, match=message), checkpoints.claim("s", "brier", 0, "k"):
+        pass
 
 
 def test_the_scratch_folder_goes_only_when_all_is_written(tmp_path, monkeypatch):

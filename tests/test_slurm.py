@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 from tiny import COMPENDIUM, DEADLINE, call, commit, environment, repository, until
 
-LOSSES = ["cross_entropy", "label_smoothing", "brier", "mmce", "focal1", "focal2", "focal3", "flsd53", "flsc531"]
-LOSSES += ["adafocal", "dual_focal", "inverse_focal"]
-MORE = {f"gamma{n}": {"function": "focal", "gamma": n / 4} for n in range(12)}
+LOSSES = ["cross_entropy", "label_smoothing", "brier", "focal1", "focal2", "focal3", "flsd53", "adafocal"]
+MORE = {f"gamma{n}": {"function": "focal", "gamma": n / 4} for n in range(4)}
 LONG = {"focal1": {"epochs": 200}, "focal2": {"epochs": 200}, "flsd53": {"epochs": 200}, "focal3": {"epochs": 1600}}
 CLUSTER = Path(__file__).with_name("slurm_cluster.sh")
 GRID = (*COMPENDIUM, "grid")
@@ -103,9 +102,9 @@ def test_a_grid_survives_what_happens_on_a_cluster(slurm, tmp_path):
     assert locked[0] == locked[1] != (copy / "dvc.lock").read_bytes(), "entered at the end, by the head alone"
     states = dict(re.findall(r"^(train@[^\s:]+) +(\w+)", output, re.M))
     expected = {"train@tiny-label_smoothing-0": "failed", killed: "cancelled"}
-    assert len(states) == 24 and {name: state for name, state in states.items() if state != "done"} == expected
+    assert len(states) == 12 and {name: state for name, state in states.items() if state != "done"} == expected
     assert "label_smoothing-0: focalcal: label_smoothing: alpha must" in output
-    assert "22 results fetched from the cache; `dvc repro` has to run none" in output
+    assert "10 results fetched from the cache; `dvc repro` has to run none" in output
     logs = {name: copy / log for name, log in re.findall(r"^(train@\S+) .* (\S+)$", output, re.M) if name in states}
     starts = {name: log.read_text().count("Running stage") for name, log in logs.items()}
     assert {name for name, count in starts.items() if count != 1} == {requeued, timed_out, orphaned}
@@ -114,7 +113,7 @@ def test_a_grid_survives_what_happens_on_a_cluster(slurm, tmp_path):
     assert epochs_saved(copy, killed), "its checkpoints are kept"
     commit(copy)
     again = call(copy, *run, fails=True, **variables)
-    assert "22 of 24 stages are up to date." in again and "1 results fetched" in again
+    assert "10 of 12 stages are up to date." in again and "1 results fetched" in again
 
     alone = repository(tmp_path / "alone", ["adafocal", "gamma3"], exceptions=LONG, more_losses=MORE)
     call(alone, *GRID, "run", "--jobs", "2", OMP_NUM_THREADS="2")
@@ -123,10 +122,10 @@ def test_a_grid_survives_what_happens_on_a_cluster(slurm, tmp_path):
     for losses in (short, ["focal1", "focal2", "flsd53"], ["focal3"]):  # the others without DVC, which takes longer
         call(alone, *COMPENDIUM, "train", "tiny", *losses)
     trained = results(alone)
-    assert len(trained) == 23 * 5 + 2 and trained.items() <= results(copy).items()
+    assert len(trained) == 11 * 5 + 2 and trained.items() <= results(copy).items()
     call(copy, "git", "checkout", "-q", "HEAD~1", "--", "dvc.lock")  # without what the command collected
     restored = call(copy, "dvc", "repro", "--keep-going", "train", fails=True)
-    assert len(re.findall(r"Stage 'train@\S+' is cached - skipping run", restored)) == 23
+    assert len(re.findall(r"Stage 'train@\S+' is cached - skipping run", restored)) == 11
     assert re.findall("Running stage '(.*)'", restored) == ["train@tiny-label_smoothing-0"]
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: what lets a killed training go on from its last finished epoch, and only one process train it."""
 
+import errno
 import json
 import os
 import shutil
@@ -27,22 +28,30 @@ def claim(study: str, loss: str, seed: int, key: str):
     If the environment variable FOCALCAL_KEEP_CHECKPOINTS names a file, it stays, and the file tells where it is: to be
     removed by whoever set the variable, once the results are in safety.
     key: a hash of all that decides the result, so that no other configuration's checkpoint is ever taken up.
-    Raises RuntimeError if another process is in such a block for the same study, loss and seed.
+    Raises RuntimeError if another process is in such a block for the same study, loss and seed, and if the folder is on
+    a file system without locks.
     """
     folder = paths.scratch() / study / f"{loss}-{seed}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder.with_name(f"{folder.name}.lock"), timeout=0):
+        with FileLock(folder.with_name(f"{folder.name}.lock"), timeout=0, fallback_to_soft=False):
             (folder / key).mkdir(parents=True, exist_ok=True)
             yield folder / key
             if receipt := os.environ.get("FOCALCAL_KEEP_CHECKPOINTS"):
-                Path(receipt).write_text(str(folder))
+                with paths.atomic(Path(receipt)) as part:
+                    part.write_text(str(folder))
             else:
                 shutil.rmtree(folder)
     except Timeout:
         raise RuntimeError(
             f"Another process is training {study}, {loss}, seed {seed}; wait for it or stop it (its lock is "
             f"{folder.name}.lock in {folder.parent})."
+        ) from None
+    except OSError as problem:
+        if problem.errno != errno.ENOSYS:
+            raise
+        raise RuntimeError(  # a lock of another kind would outlive a killed process
+            f"The file system of {folder.parent} has no locks; name a folder on another with FOCALCAL_SCRATCH."
         ) from None
 
 
