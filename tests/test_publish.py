@@ -65,16 +65,15 @@ def test_packed_runs_are_published_and_pinned(compendium, capsys):
 
 
 def test_what_is_packed(compendium):
-    run = {f"runs/brier/0/{name}" for name in ("history.csv", "logits.npz", "gradients.npz")}
-    always = run | {"provenance/brier-0.json", "params.yaml"}
+    always = {"runs/brier/0/history.csv", "runs/brier/0/logits.npz", "provenance/brier-0.json", "params.yaml"}
+    whole = always | {"runs/brier/0/gradients.npz", "runs/brier/0/shifted.npz"}
 
     def packed(*options):
         main(["publish", "pack", "tiny", "--out", "some.tar", *options])
         return {name for name in members("some.tar") if "focal3" not in name}
 
-    assert packed("--without-shifted") == always
-    assert packed() == always | {"runs/brier/0/shifted.npz"}
-    assert packed("--weights") == always | {"runs/brier/0/shifted.npz", "models/brier-0.safetensors"}
+    assert packed("--scores-only") == always and packed() == whole
+    assert packed("--weights") == whole | {"models/brier-0.safetensors"}
     assert publish.add(compendium / "some.tar") == compendium / "published/tiny"
     assert (compendium / "published/tiny/models/focal3-1.safetensors").read_text() == "{}"
     (paths.study("tiny") / "models/focal3-1.safetensors").unlink()

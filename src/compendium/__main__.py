@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     packing.add_argument("study")
     packing.add_argument("--out", type=Path, help="instead of STUDY.tar")
     packing.add_argument("--weights", action="store_true", help="with the networks' weights")
-    packing.add_argument("--without-shifted", action="store_true", help="without what only chapter 9 reads; smaller")
+    packing.add_argument("--scores-only", action="store_true", help="without what only chapters 5 and 9 read; smaller")
     adding = commands.add_parser("add", help="here: into published/STUDY, pinned by published/STUDY.dvc")
     adding.add_argument("file", nargs="+", type=Path)
 
@@ -123,7 +123,7 @@ def call(given: argparse.Namespace) -> int | None:
         from compendium import publish
 
         if given.command == "pack":
-            publish.pack(given.study, given.out, given.weights, not given.without_shifted)
+            publish.pack(given.study, given.out, given.weights, given.scores_only)
         else:
             publish.publish(given.file)
     elif given.verb == "verify":
