@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from focalcal import detection
-from focalcal.detection import BINS, STRIDE
+from focalcal.detection import POSITIONS, STRIDE
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_scenes_repeat_and_boxes_hold_their_objects(pictures):
 
 
 def test_a_sides_distribution_becomes_its_expected_distance():
-    sides = torch.full((4, BINS), -50.0)
+    sides = torch.full((4, POSITIONS), -50.0)
     sides[0, 2] = sides[1, 0] = sides[2, 8] = 50.0
     sides[3, 1] = sides[3, 4] = 50.0
     box = detection.decode(sides, torch.tensor([30.0, 10.0]))
@@ -86,7 +86,7 @@ def test_the_loss_of_one_location_by_hand(score, scores_own):
 
     The sides are at 0.5, and position 0 is 50 below position 1, so DFL is 25. The quality's logit is 0.
     """
-    sides = torch.zeros(4, detection.BINS)
+    sides = torch.zeros(4, detection.POSITIONS)
     sides[:, 1] = 50
     maps = torch.cat([torch.tensor([3.0]).log(), torch.zeros(1), sides.flatten()])[None, :, None, None]
     truth = torch.tensor([[0]]), torch.tensor([[[0.0, 0, 4, 4]]])

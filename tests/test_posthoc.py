@@ -136,6 +136,9 @@ def test_fits_run_to_their_end():
     for method in ("temperature_nll", "focal_temperature", "vector"):
         one, other = posthoc.fit(method, logits, labels), posthoc.fit(method, 7 * logits, labels)
         assert one(logits) == pytest.approx(other(7 * logits), abs=1e-4), method
+    apart = logits + 40 * np.eye(4)[0] * (labels == 0)[:, None]  # a class told apart without a fault
+    one, other = posthoc.fit("vector", apart, labels), posthoc.fit("vector", 7 * apart, labels)
+    assert one(apart) == pytest.approx(other(7 * apart), abs=1e-4)
     scaled = logits / np.abs(logits).max()
     exact = LogisticRegression(C=100.0, solver="newton-cholesky", tol=1e-10).fit(scaled, labels)
     found = posthoc.fit("matrix", logits, labels)(logits)

@@ -14,7 +14,7 @@ from focalcal.losses import distribution_focal, quality_focal
 from focalcal.metrics import bin_sums, equal_width_edges
 
 STRIDE = 4  # pixels from one location to the next, and the unit of a box's sides
-BINS = 9  # positions 0 ... 8 of a side: boxes reach up to 8 strides from a location
+POSITIONS = 9  # positions 0 ... 8 of a side: boxes reach up to 8 strides from a location
 RADIUS = 1.5  # strides around the middle of a box in which locations belong to it, as in FCOS
 INK = 16  # of 255: darker pixels are background
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of IoU, COCO's
@@ -67,7 +67,7 @@ def _common(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def network(classes: int, width: int, seed: int) -> nn.Sequential:
-    """A fully convolutional network: (N, 1, S, S) to (N, classes + 1 + 4 x BINS, S / STRIDE, S / STRIDE).
+    """A fully convolutional network: (N, 1, S, S) to (N, classes + 1 + 4 x POSITIONS, S / STRIDE, S / STRIDE).
 
     Its first channels are the classes' logits, the next the quality's, the rest the four sides'; see ``outputs``.
     """
@@ -78,7 +78,7 @@ def network(classes: int, width: int, seed: int) -> nn.Sequential:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = nn.Conv2d(width, classes + 1 + 4 * BINS, 3, padding=1)
+        head = nn.Conv2d(width, classes + 1 + 4 * POSITIONS, 3, padding=1)
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
         nn.init.constant_(head.bias[:classes], -np.log(99))  # at first every score is 0.01, as in RetinaNet
@@ -88,10 +88,10 @@ def network(classes: int, width: int, seed: int) -> nn.Sequential:
 
 
 def outputs(maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a network says, by location: logits (N, L, classes), quality (N, L) and sides (N, L, 4, BINS)."""
+    """What a network says, by location: logits (N, L, classes), quality (N, L) and sides (N, L, 4, POSITIONS)."""
     flat = maps.flatten(2).transpose(1, 2)
-    scores, sides = flat[..., : -4 * BINS], flat[..., -4 * BINS :]
-    return scores[..., :-1], scores[..., -1], sides.unflatten(2, (4, BINS))
+    scores, sides = flat[..., : -4 * POSITIONS], flat[..., -4 * POSITIONS :]
+    return scores[..., :-1], scores[..., -1], sides.unflatten(2, (4, POSITIONS))
 
 
 def centres(count: int) -> Tensor:
@@ -101,11 +101,11 @@ def centres(count: int) -> Tensor:
 
 
 def decode(sides: Tensor, middle: Tensor) -> Tensor:
-    """Boxes (..., 4) from logits over their sides' positions (..., 4, BINS), left, top, right and bottom.
+    """Boxes (..., 4) from logits over their sides' positions (..., 4, POSITIONS), left, top, right and bottom.
 
     A side's expected position is its distance from ``middle`` (..., 2), in strides.
     """
-    distance = STRIDE * (sides.softmax(dim=-1) @ torch.arange(BINS, dtype=sides.dtype))
+    distance = STRIDE * (sides.softmax(dim=-1) @ torch.arange(POSITIONS, dtype=sides.dtype))
     return torch.cat([middle - distance[..., :2], middle + distance[..., 2:]], dim=-1)
 
 
@@ -167,7 +167,7 @@ def losses(maps: Tensor, classes: Tensor, boxes: Tensor, score: str, dfl: float 
     total = function(logits, target, power).sum() + 2 * generalized_box_iou_loss(found, wanted, reduction="sum")
     if dfl:
         distance = torch.cat([middle - wanted[:, :2], wanted[:, 2:] - middle], dim=1) / STRIDE
-        values = distance.clamp(0, BINS - 1.1).flatten()
+        values = distance.clamp(0, POSITIONS - 1.1).flatten()
         total = total + dfl / 4 * distribution_focal(sides[there].flatten(0, 1), values).sum()
     if not soft:
         total = total + F.binary_cross_entropy_with_logits(quality[there], overlap, reduction="sum")

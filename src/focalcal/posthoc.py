@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from focalcal import calibrate, metrics
 
 TINY = 1e-12  # the least probability that a map without a floor of its own may give
+STRENGTH = 100.0  # of the data against the penalty on factors of logits scaled to 1: scikit-learn's C
 
 
 def _log(probs: np.ndarray) -> np.ndarray:
@@ -40,17 +41,20 @@ def temperature_ece(logits, labels, masked=()):
 
 
 def vector(logits, labels):
-    """A factor and an offset per class, lowest NLL [G, sec. 4.2]; from factor 1 / T and offset 0."""
-    n, classes = logits.shape
-    own = np.eye(classes)[labels]
+    """A factor and an offset per class, lowest NLL [G, sec. 4.2]; the factors are held, loosely, to 1 / T.
+
+    Without that, the factor of a class that the validation set tells apart without a fault would grow for ever.
+    """
+    (n, classes), scale = logits.shape, np.abs(logits).max()
+    own, start = np.eye(classes)[labels], np.full(classes, 1 / calibrate.temperature_by_nll(logits, labels))
 
     def loss(parameters):
         factor, offset = parameters[:classes], parameters[classes:]
-        log_probs = metrics.log_softmax(logits * factor + offset)
+        log_probs, away = metrics.log_softmax(logits * factor + offset), scale * (factor - start)
         slope = (np.exp(log_probs) - own) / n
-        return -(own * log_probs).sum() / n, np.concatenate([(slope * logits).sum(axis=0), slope.sum(axis=0)])
+        value = -(own * log_probs).sum() / n + (away**2).sum() / (2 * STRENGTH * n)
+        return value, np.concatenate([(slope * logits).sum(axis=0) + scale * away / (STRENGTH * n), slope.sum(axis=0)])
 
-    start = np.full(classes, 1 / calibrate.temperature_by_nll(logits, labels))
     to_the_end = {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 10_000, "maxfun": 20_000}  # results then hold on any machine
     first = np.concatenate([start, np.zeros(classes)])
     found = minimize(loss, first, jac=True, method="L-BFGS-B", options=to_the_end).x
@@ -63,7 +67,7 @@ def matrix(logits, labels):
     Where a class is missing in the labels, its probability is TINY.
     """
     scale = np.abs(logits).max()
-    model = LogisticRegression(C=100.0, solver="newton-cg", tol=1e-8, max_iter=2000).fit(logits / scale, labels)
+    model = LogisticRegression(C=STRENGTH, solver="newton-cg", tol=1e-8, max_iter=2000).fit(logits / scale, labels)
 
     def apply(z):
         probs = np.zeros(z.shape)
