@@ -18,10 +18,7 @@ import pandas as pd
 from compendium import paths, runs, settings
 from focalcal import calibrate
 
-RUN_FILES = (
-    "history.csv",
-    "logits.npz",
-)  # and where chapters 5 and 9 are wanted gradients.npz and, of images, shifted.npz
+RUN_FILES = ("history.csv", "logits.npz")  # and for chapter 5 gradients.npz, for chapter 9 of images shifted.npz
 TOLERANCE = 3e-4  # by which half-precision logits may change a metric: far less than another test set would
 MEMBER = re.compile(
     r"[\w.-]+/(runs/[\w.-]+/\d+/\w+\.(csv|npz)|(provenance|models)/[\w.-]+-\d+\.(json|safetensors)|params\.yaml)"
