@@ -56,7 +56,7 @@ def parameters() -> dict:
         },
         "studies": {
             "tiny": {
-                "data": {"dataset": "digits", "train": 10, "val": 5, "test": 5},
+                "data": {"dataset": "digits", "train": 150, "val": 60, "test": 60},  # as many as squares has
                 "training": {"network": "small_resnet", "epochs": 3, "milestones": [2]},
                 "exceptions": {"focal1": {"clip": 7.0}},
             }

@@ -115,6 +115,18 @@ def test_debiased_error_by_hand():
     assert evidence.debiased_error(logits, np.array([0, 1, 1, 1]), bins=1) == pytest.approx(by_hand)
 
 
+def test_a_debiased_error_needs_a_bin_of_two():
+    assert np.isnan(evidence.debiased_error(np.random.default_rng(0).normal(size=(10, 3)), np.zeros(10, int)))
+
+
+def test_resamples_without_a_value_are_left_out():
+    """The AUROC of a resample without a wrong answer is not a number; that decides nothing."""
+    ours, theirs = np.array([[0.8, 0.9, np.nan, 0.85]]), np.array([[0.7, np.nan, 0.9, 0.9]])
+    kept = evidence.difference([0.85], [0.8], ours[:, [0, 3]], theirs[:, [0, 3]])
+    assert evidence.difference([0.85], [0.8], ours, theirs) == kept and 0 < kept["p"] < 1
+    assert evidence.interval(0.8, ours[0], "auroc") == evidence.interval(0.8, ours[0, [0, 1, 3]], "auroc")
+
+
 def direct_smooth_ece(confidence, correct, width):
     """The definition: residuals smoothed by a Gaussian reflected at 0 and 1, integrated by the trapezoidal rule."""
     grid = np.linspace(0, 1, 4001)

@@ -130,6 +130,8 @@ def test_statistics_are_measured_on_train_or_given():
     ):
         with pytest.raises(ValueError, match=words):
             images.statistics(config.model_copy(update=given), pixels)
+    with pytest.raises(ValueError, match="Channel 1 is the same in all training images; leave it out, or give 'std'"):
+        images.statistics(config, np.concatenate([pixels, np.full_like(pixels, 255)], axis=3))
 
 
 @pytest.mark.parametrize("own", [{}, {"test_mean": [0.6], "test_std": [0.35]}])
@@ -217,4 +219,4 @@ def test_images_are_prepared_outside_the_pipeline(tmp_path, monkeypatch, capsys)
     main(["data", "--prepare", "tiny"])
     assert "prepared.npz" in capsys.readouterr().out
     arrays = paths.read_npz(paths.prepared("tiny"))
-    assert len(arrays["train_labels"]) == 10 and arrays["classes"].tolist() == [str(digit) for digit in range(10)]
+    assert len(arrays["train_labels"]) == 150 and arrays["classes"].tolist() == [str(digit) for digit in range(10)]

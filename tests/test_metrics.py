@@ -123,6 +123,8 @@ def test_auroc_by_hand():
     familiar, strange = (np.log([[p, 1 - p] for p in ps]) for ps in ((0.9, 0.6), (0.7, 0.5)))
     assert metrics.auroc(familiar, strange) == metrics.auroc(familiar, strange, "confidence") == 3 / 4
     assert metrics.auroc(familiar, familiar) == 1 / 2
+    with pytest.raises(ValueError, match="score must be entropy or confidence, got 'confidnce'"):
+        metrics.auroc(familiar, strange, "confidnce")
 
 
 def test_summary_by_hand():
@@ -170,6 +172,13 @@ def test_whole_numbers_are_logits_too():
     small, labels = np.array([[3, 5], [9, 1]], np.uint8), np.array([1, 0])
     for metric in metrics.METRICS.values():
         assert metric(small, labels) == metric(small.astype(float), labels)
+
+
+def test_labels_of_few_bits_count_as_others_do():
+    logits, labels = np.random.default_rng(0).normal(size=(300, 128)), np.random.default_rng(1).integers(128, size=300)
+    labels[0] = 127
+    for metric in metrics.METRICS.values():
+        assert metric(logits, labels.astype(np.int8)) == metric(logits, labels)
 
 
 def test_a_masked_class_is_never_predicted_and_keeps_its_share():

@@ -158,6 +158,12 @@ def test_divergence_stops_with_epoch_step_and_advice(images):
         trained(images, "cross_entropy", milestones=[], learning_rate=1e30, clip=1e30, augment=False)
 
 
+def test_divergence_that_only_evaluation_sees_is_named_too(images):
+    words = r"The logits of the train set are not finite after epoch 1, at learning rate 1e\+10; lower learning_rate"
+    with pytest.raises(FloatingPointError, match=words):
+        trained(images, "cross_entropy", milestones=[], learning_rate=1e10, batch_size=150, augment=False)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -307,6 +313,9 @@ def test_noise_has_the_published_standard_deviation():
         assert noisy.std() / 255 == pytest.approx(deviation, rel=0.02)
         assert np.array_equal(noisy, feed.gaussian_noise(grey, severity))
     assert feed.gaussian_noise(np.full((9, 9, 9, 1), 255, np.uint8), 5).max() == 255
+    for severity in (0, 6):
+        with pytest.raises(ValueError, match=f"severity must be a whole number from 1 to 5, got {severity}"):
+            feed.gaussian_noise(grey, severity)
 
 
 # On a GPU

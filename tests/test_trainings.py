@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,32 @@ def test_provenance_says_where_and_with_what(prepared, monkeypatch):
     assert record["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
     assert (record["torch"], record["numpy"]) == (torch.__version__, np.__version__)
     assert record["commit"] is None and record["wall_seconds"] > 0 and record["peak_memory_mb"] > 10
+
+
+def test_provenance_says_whether_the_code_is_that_of_the_commit(prepared):
+    who = ["-c", "user.name=A", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "params.yaml"], [*who, "commit", "-qm", "First"]):
+        subprocess.run(["git", *command], check=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert trainings.provenance(CPU)["commit"] == commit
+    Path("params.yaml").write_text(Path("params.yaml").read_text() + "# changed")
+    assert trainings.provenance(CPU)["commit"] == f"{commit}, with changes"
+
+
+def test_data_of_other_settings_are_refused(prepared):
+    values = parameters()
+    values["studies"]["tiny"]["data"]["val"] = 50
+    write_parameters(Path("."), values)
+    words = "has 60 val samples, params.yaml asks for 50; `python -m compendium data --prepare tiny` makes it anew"
+    with pytest.raises(ValueError, match=words):
+        trainings.train_jobs("tiny", ["focal1"], 0)
+
+
+def test_a_rate_for_word_vectors_needs_some(prepared):
+    job = trainings.job("tiny", "focal1", 0)
+    job = job._replace(settings=dataclasses.replace(job.settings, embedding_learning_rate=0.1))
+    with pytest.raises(ValueError, match="is 0.1, but network 'small_resnet' trains no word vectors"):
+        trainings.new_run(job, prepared, CPU)
 
 
 def test_the_cpus_name(monkeypatch):

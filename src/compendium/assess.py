@@ -47,6 +47,11 @@ def assess(study: str, files: list[Path]) -> None:
         raise ValueError(f"A study's name consists of letters, digits, _ and -, got '{study}'.")
     if study in settings.block(settings.params(), "studies", "studies"):
         raise ValueError(f"'{study}' is a study of params.yaml; choose another name.")
+    for path in files:
+        if path.resolve().is_relative_to(paths.study(study).resolve()):
+            raise ValueError(
+                f"{path} lies in the folder that `compendium assess {study}` makes anew; move it elsewhere."
+            )
     models = {path.stem: read(path) for path in files}
     if len(models) < len(files):
         raise ValueError("Two files have the same name; models are told apart by it.")

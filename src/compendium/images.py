@@ -229,6 +229,8 @@ def statistics(config: Data, images: np.ndarray) -> dict[str, np.ndarray]:
     mean = np.array([histogram @ levels for histogram in histograms])
     std = np.sqrt(np.array([histogram @ levels**2 for histogram in histograms]) - mean**2)
     found = {"mean": mean, "std": std}
+    if config.std is None and not std.all():
+        raise ValueError(f"Channel {np.argmin(std)} is the same in all training images; leave it out, or give 'std'.")
     for name in ("mean", "std", "test_mean", "test_std"):
         given = getattr(config, name)
         if given is not None:

@@ -120,10 +120,16 @@ def predict_shifted(model, prepared: dict[str, np.ndarray], on: torch.device) ->
 
 
 def provenance(on: torch.device) -> dict:
-    """Where and with what something is computed: commit, versions, device, CPU, threads."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=paths.root(), capture_output=True, text=True)
+    """Where and with what something is computed: commit, and whether src or params.yaml differ from it, versions,
+    device, CPU, threads."""
+
+    def git(*arguments) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", *arguments], cwd=paths.root(), capture_output=True, text=True)
+
+    commit = git("rev-parse", "HEAD").stdout.strip() or None
+    changed = commit and git("diff", "--quiet", "HEAD", "--", "src", "params.yaml").returncode
     return {
-        "commit": git.stdout.strip() or None,
+        "commit": f"{commit}, with changes" if changed else commit,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -181,10 +187,24 @@ def save(job: Job, run: Run, logits, shifted, seconds: float) -> None:
         part.write_text(json.dumps(provenance(run.device) | ran | resolved, indent=2) + "\n")
 
 
+def read_prepared(study: str) -> dict[str, np.ndarray]:
+    """The arrays of the study's prepared.npz; ValueError if the sizes of its splits are not those of params.yaml."""
+    prepared, config = paths.read_npz(paths.prepared(study)), settings.data(study)
+    for split in ("train", "val", "test"):
+        trees = f"{split}_first" in prepared
+        size = len(prepared[f"{split}_first"]) - 1 if trees else len(prepared[f"{split}_labels"])
+        if size != (wanted := getattr(config, split)):
+            raise ValueError(
+                f"{paths.prepared(study)} has {size} {split} samples, params.yaml asks for {wanted}; "
+                f"`python -m compendium data --prepare {study}` makes it anew."
+            )
+    return prepared
+
+
 def train_jobs(study: str, names: list[str], seed: int) -> None:
     """Train these losses of a study outside the pipeline, at the same time and on the same batches."""
     on, jobs = devices.device(), [job(study, loss, seed) for loss in names]
-    prepared = paths.read_npz(paths.prepared(study))
+    prepared = read_prepared(study)
     runs = [new_run(job, prepared, on) for job in jobs]
     complete(jobs, runs, feed.splits(prepared, on), prepared)
     for loss in names:

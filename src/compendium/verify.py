@@ -43,8 +43,8 @@ def deviations(study: str, loss: str) -> pd.Series:
 
 def arrays(study: str) -> dict[str, np.ndarray]:
     """The study's prepared data, made in memory where the file is not there."""
-    path = paths.prepared(study)
-    return paths.read_npz(path) if path.is_file() else prepare.prepare(settings.data(study))
+    there = paths.prepared(study).is_file()
+    return trainings.read_prepared(study) if there else prepare.prepare(settings.data(study))
 
 
 def verify(study: str, loss: str, seed: int) -> int:

@@ -14,12 +14,14 @@ def temperature_by_nll(logits, labels, masked=()) -> float:
     """The temperature T that minimises the NLL of softmax(logits / T) (Guo et al. 2017), to about 1e-6 relative.
 
     Newton's method on the inverse temperature, in which the NLL is convex, kept inside a bracket. The result
-    lies in [0.01, 100]; a bound is returned where the optimum is outside (all samples classified correctly
-    pushes T towards 0, labels unrelated to the logits push it towards infinity).
+    lies in [0.01, 100]; it is 0.01 where all samples are classified correctly, which pushes T towards 0, and within a
+    thousandth of 100 where labels unrelated to the logits push it towards infinity.
     """
     logits, labels = metrics.check(logits, labels)
     z = logits - logits.max(axis=1, keepdims=True)
     true = z[np.arange(len(z)), labels]
+    if not true.any():  # all are right
+        return 0.01
     few = len(z) // 1000 + 1
     beta = _newton(z[::few], true[::few].mean(), 1.0) if few > 1 else 1.0  # from a part of the samples, near it
     return 1 / _newton(z, true.mean(), beta)
@@ -95,10 +97,10 @@ def gradient_factor(p, gamma):
 def gamma_for(p0: float) -> float:
     """The gamma > 0 with g(p0, gamma) = 1: focal gradients exceed cross-entropy's below p0, fall short above.
 
-    Lambert-W formula of Mukhoti et al. 2020 (sec. 4, prop. 2). p0 must lie in (0, 0.5): above, no such gamma.
+    Lambert-W formula of Mukhoti et al. 2020 (sec. 4, prop. 2). p0 must lie in [1e-6, 0.5 - 1e-6]: above, no such gamma.
     """
-    if not 0 < p0 < 0.5:
-        raise ValueError(f"gamma_for needs 0 < p0 < 0.5, got {p0}; for larger p0 the equation has no positive root.")
+    if not 1e-6 <= p0 <= 0.5 - 1e-6:
+        raise ValueError(f"gamma_for needs 1e-6 <= p0 <= 0.5 - 1e-6, got {p0}; from 0.5 on there is no such gamma.")
     a, b = 1 - p0, p0 * np.log(p0)
     return float(a / b + lambertw(-(a ** (1 - a / b)) / b * np.log(a), k=-1).real / np.log(a))
 

@@ -79,10 +79,12 @@ def interval(value: float, resampled: np.ndarray, metric: str) -> tuple[float, f
 
     The percentile interval of the resampled values (Mukhoti et al. 2020), less their bias, mean(resampled) - value:
     resampling adds noise to every bin, and binned errors add up absolute values, in which noise does not cancel. The
-    same bias is in ``value`` once, and stays there. Cut to what the metric, a name in metrics.METRICS, can be.
+    same bias is in ``value`` once, and stays there. Cut to what the metric, a name in metrics.METRICS, can be. NaN, an
+    AUROC without wrong answers, is left out.
     """
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) - (np.mean(resampled) - value)
-    return max(0.0, float(low)), min(LARGEST.get(metric, 1.0), float(high))
+    ends = np.nanquantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) - (np.nanmean(resampled) - value)
+    low, high = ends.clip(0.0, LARGEST.get(metric, 1.0)).tolist()
+    return low, high
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray, resampled_ours, resampled_theirs) -> dict[str, float]:
@@ -92,15 +94,15 @@ def difference(ours: np.ndarray, theirs: np.ndarray, resampled_ours, resampled_t
     that of the test set (bootstrap of the mean over seeds) and that of the seeds (their differences' standard deviation
     / sqrt(S)); with one seed the second is unknown and left out. Student's t with Satterthwaite's degrees of freedom
     (``freedom``; infinite with one seed). Far in its tail, below SMALLEST, that is no approximation any more. Values in
-    one place are of one seed; where one loss has more seeds, the first ones count.
+    one place are of one seed; where one loss has more seeds, the first ones count. NaN resamples are left out.
     """
     seeds = min(len(ours), len(theirs))
     gap = np.asarray(ours)[:seeds] - np.asarray(theirs)[:seeds]
-    of_test = (np.asarray(resampled_ours)[:seeds] - resampled_theirs[:seeds]).mean(axis=0).var(ddof=1)
+    of_test = np.nanvar((np.asarray(resampled_ours)[:seeds] - resampled_theirs[:seeds]).mean(axis=0), ddof=1)
     of_seeds = gap.var(ddof=1) / seeds if seeds > 1 else 0.0
     error = np.sqrt(of_test + of_seeds)
     freedom = (seeds - 1) * (of_test + of_seeds) ** 2 / of_seeds**2 if of_seeds > 0 else np.inf
-    p = 2 * stats.t.sf(abs(gap.mean()) / error, freedom) if error > 0 else float(gap.mean() == 0)
+    p = float(gap.mean() == 0) if error == 0 else 2 * stats.t.sf(abs(gap.mean()) / error, freedom)
     half = stats.t.ppf((1 + LEVEL) / 2, freedom) * error
     ends = {"low": gap.mean() - half, "high": gap.mean() + half}
     return {"difference": gap.mean()} | ends | {"freedom": float(freedom), "p": float(p)}
@@ -140,7 +142,7 @@ def debiased_error(logits, labels, masked=(), bins: int = metrics.BINS) -> float
     """Root-mean-square top-label calibration error, its sampling bias subtracted (Kumar et al. 2019, sec. 5).
 
     In bins of equal mass, sum_b n_b / N [(mean confidence - accuracy)^2 - accuracy (1 - accuracy) / (n_b - 1)]; the
-    root of it, or 0 where it is negative: calibrated as far as this sample can tell.
+    root of it, or 0 where it is negative: calibrated as far as this sample can tell. NaN if no bin has two samples.
     """
     confidence, correct = metrics.confidence_correct(logits, labels, masked)
     edges = metrics.equal_mass_edges(confidence, bins)
@@ -148,7 +150,7 @@ def debiased_error(logits, labels, masked=(), bins: int = metrics.BINS) -> float
     filled = count > 1
     count, confident, right = count[filled], confident[filled] / count[filled], right[filled] / count[filled]
     squared = (confident - right) ** 2 - right * (1 - right) / (count - 1)
-    return float(np.sqrt(max(0.0, (count * squared).sum() / count.sum())))
+    return float(np.sqrt(max(0.0, (count * squared).sum() / count.sum()))) if len(count) else float("nan")
 
 
 def smooth_ece(logits, labels, masked=()) -> float:
@@ -211,17 +213,15 @@ def by_bins(logits, labels, masked=(), numbers=(metrics.BINS,)) -> dict[str, np.
     }
 
 
-def chance_ece(logits, draws: int = 100, seed: int = 0, masked=()) -> float:
+def chance_ece(logits, draws: int = 100, masked=()) -> float:
     """The floor of an ECE: its mean for a network with these confidences (logits: (N, K)) that is perfectly calibrated.
 
     Each of ``draws`` test sets calls every prediction right with the probability of its own confidence. In [0, 1].
     """
     confidence, _ = metrics.confidence_correct(logits, np.zeros(len(logits), int), masked)
-    random, edges = np.random.default_rng(seed), metrics.equal_width_edges()
-    drawn = [
-        metrics.calibration_error(confidence, random.random(len(confidence)) < confidence, edges) for _ in range(draws)
-    ]
-    return float(np.mean(drawn))
+    random, edges = np.random.default_rng(0), metrics.equal_width_edges()
+    sets = (random.random(len(confidence)) < confidence for _ in range(draws))
+    return float(np.mean([metrics.calibration_error(confidence, correct, edges) for correct in sets]))
 
 
 def selective(confidence, correct, counts) -> dict[str, np.ndarray]:

@@ -138,6 +138,8 @@ def gaussian_noise(images: np.ndarray, severity: int) -> np.ndarray:
 
     x / 255 + N(0, s^2), clipped to [0, 1] and cut to whole numbers; the noise depends on the severity alone.
     """
+    if severity not in range(1, 6):
+        raise ValueError(f"severity must be a whole number from 1 to 5, got {severity!r}.")
     noise = np.random.default_rng(severity).normal(0, SEVERITIES[severity - 1], images.shape).astype(np.float32)
     return (np.clip(images / np.float32(255) + noise, 0, 1) * 255).astype(np.uint8)
 
@@ -153,14 +155,14 @@ def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor, padding: int =
     return padded[samples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def epoch_randomness(seed: int, epoch: int, n: int, padding: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+def epoch_randomness(seed: int, epoch: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Order (n,), crop offsets (n, 2) and flips (n,) of one epoch.
 
     Drawn on the CPU from (seed, epoch) alone: the same for every loss and device, whatever came before.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(n, generator=generator)
-    offsets = torch.randint(0, 2 * padding + 1, (n, 2), generator=generator)
+    offsets = torch.randint(0, 9, (n, 2), generator=generator)  # 4 pixels of padding on either side
     return order, offsets, torch.rand(n, generator=generator) < 0.5
 
 

@@ -260,9 +260,10 @@ class ScheduledFocal(nn.Module):
 
     def __init__(self, gammas=(5.0, 3.0, 1.0), switches=(100 / 350, 250 / 350)):
         super().__init__()
-        rising = list(switches) == sorted(switches) and all(0 < switch <= 1 for switch in switches)
-        if len(gammas) != len(switches) + 1 or not rising:
-            raise ValueError("flsc531: needs one gamma more than switches, and switches that rise from above 0 to 1.")
+        if len(gammas) != len(switches) + 1:
+            raise ValueError(f"flsc531: needs one gamma more than switches, got {len(gammas)} and {len(switches)}.")
+        if list(switches) != sorted(switches) or not all(0 < switch <= 1 for switch in switches):
+            raise ValueError(f"flsc531: switches must be above 0, at most 1 and rising, got {list(switches)}.")
         for gamma in gammas:
             _not_negative("flsc531: gamma", gamma)
         self.gammas, self.switches = tuple(gammas), tuple(switches)
@@ -292,12 +293,10 @@ class AdaFocal(nn.Module):
 
     def __init__(self, bins=15, rate=1.0, gamma=1.0, gamma_max=20.0, gamma_min=-2.0, switch=0.2):
         super().__init__()
-        if not gamma_min < 0 < switch <= gamma_max or not gamma_min <= gamma <= gamma_max:
-            raise ValueError("adafocal: needs gamma_min < 0 < switch <= gamma_max and gamma between them.")
+        if not gamma_min <= -switch < 0 < switch <= gamma_max or not gamma_min <= gamma <= gamma_max:
+            raise ValueError("adafocal: needs gamma_min <= -switch < 0 < switch <= gamma_max and gamma between them.")
         if not isinstance(bins, int) or bins < 1 or not 0 <= rate < float("inf"):
-            raise ValueError(
-                f"adafocal: needs a whole number of bins and a rate of 0 or larger, got {bins} and {rate}."
-            )
+            raise ValueError(f"adafocal: needs a whole number of bins and a rate of 0 or larger, got {bins}, {rate}.")
         self.rate, self.gamma_max, self.gamma_min, self.switch = rate, gamma_max, gamma_min, switch
         self.register_buffer("gamma", torch.full((bins,), float(gamma)))
         self.register_buffer("edges", torch.linspace(0, 1, bins + 1))

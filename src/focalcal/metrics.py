@@ -18,11 +18,11 @@ BINS = 15  # as in all the papers
 def check(logits, labels) -> tuple[np.ndarray, np.ndarray]:
     """The pair as float64 (N, K) and int64 (N,) arrays; ValueError with one clear sentence if they do not fit."""
     logits, labels = _checked(logits, labels)
-    return logits.astype(np.float64), labels.astype(np.int64)
+    return logits.astype(np.float64), labels
 
 
 def _checked(logits, labels) -> tuple[np.ndarray, np.ndarray]:
-    """As ``check``, but in the precision given."""
+    """As ``check``, but logits in the precision given."""
     logits, labels = np.asarray(logits), np.asarray(labels)
     if logits.dtype.kind in "biu":
         logits = logits.astype(np.float64)  # differences of small integers wrap around
@@ -40,7 +40,7 @@ def _checked(logits, labels) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"logits hold {np.count_nonzero(~np.isfinite(logits))} values that are NaN or infinite.")
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(f"labels must lie in 0..{logits.shape[1] - 1}, got {labels.min()}..{labels.max()}.")
-    return logits, labels
+    return logits, labels.astype(np.int64, copy=False)  # of int8 the sums would wrap around
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -167,9 +167,7 @@ def classwise_ece(logits, labels, masked=(), bins: int = BINS) -> float:
 def _classwise(probs: np.ndarray, labels: np.ndarray, bins: int) -> float:
     """Classwise ECE of float32 probabilities (N, K)."""
     classes, residual = labels.max() + 1, np.zeros((bins, probs.shape[1]))
-    above = np.flatnonzero(
-        probs > equal_width_edges(bins)[1]
-    )  # few: the first bin has what is left of the sums over all
+    above = np.flatnonzero(probs > equal_width_edges(bins)[1])  # few; the first bin has what is left of all sums
     value, kind = probs.ravel()[above], above % probs.shape[1]
     np.add.at(residual, (equal_width_index(value, bins), kind), value.astype(np.float64))
     residual[0] = probs.sum(axis=0, dtype=np.float64) - residual.sum(axis=0)
@@ -180,7 +178,9 @@ def _classwise(probs: np.ndarray, labels: np.ndarray, bins: int) -> float:
 
 def strangeness(logits, score: str = "entropy") -> np.ndarray:
     """What ``auroc`` compares, (N,): the entropy of the softmax in nats, or, for 'confidence', less its largest
-    log-probability."""
+    log-probability. ValueError for another score."""
+    if score not in ("entropy", "confidence"):
+        raise ValueError(f"score must be entropy or confidence, got {score!r}.")
     log_probs = log_softmax(np.asarray(logits, np.float64))
     return -log_probs.max(axis=1) if score == "confidence" else -(np.exp(log_probs) * log_probs).sum(axis=1)
 

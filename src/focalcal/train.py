@@ -150,7 +150,9 @@ class Run:
 
     def finish_epoch(self, epoch: int, data: dict[str, Split]) -> dict:
         """Evaluate, update the loss, and add the epoch's row to the history. Raises FloatingPointError."""
-        check_finite(self.batch_losses, epoch, self.settings)
+        if len(bad := (~self.batch_losses.isfinite()).nonzero()):
+            became = f"The loss became {self.batch_losses[bad[0]].item()} in epoch {epoch}, step {bad[0].item() + 1}"
+            raise diverged(became, self.settings.learning_rate_at(epoch))
         row = {"epoch": epoch, "learning_rate": self.settings.learning_rate_at(epoch)}
         row["train_loss"] = self.batch_losses.mean().item()
         row["gradient_norm"] = self.gradient_norms.mean().item()
@@ -161,6 +163,9 @@ class Run:
                 row |= {f"train_{key}": float("nan") for key in metrics.SUMMARY}
                 continue
             found = scored(self.model, split)
+            if not np.isfinite(found[0]).all():
+                became = f"The logits of the {name} set are not finite after epoch {epoch}"
+                raise diverged(became, self.settings.learning_rate_at(epoch))
             row |= {f"{name}_{key}": value for key, value in metrics.summary(*found).items()}
             if name != "train":
                 self.predictions[name] = found
@@ -201,15 +206,10 @@ class Run:
         self.history = history
 
 
-def check_finite(batch_losses: Tensor, epoch: int, settings: Training) -> None:
-    """Raise FloatingPointError naming the step if a batch loss (steps,) is NaN or infinite."""
-    bad = (~batch_losses.isfinite()).nonzero()
-    if len(bad):
-        step = bad[0].item()
-        raise FloatingPointError(
-            f"The loss became {batch_losses[step].item()} in epoch {epoch}, step {step + 1}, at learning rate "
-            f"{settings.learning_rate_at(epoch):g}; lower learning_rate or clip, or look at the loss function."
-        )
+def diverged(what: str, rate: float) -> FloatingPointError:
+    """To be raised where numbers stop being finite."""
+    advice = "lower learning_rate or clip, or look at the loss function"
+    return FloatingPointError(f"{what}, at learning rate {rate:g}; {advice}.")
 
 
 def take_step(runs: list[Run], batches: Batches, size: int, streams: list, dropout: int | None = None) -> None:
