@@ -129,15 +129,15 @@ def reliability(ax, count, confidence, correct, color: str, title: str = "", cha
     samples are pale. chance: how far a bin's accuracy may be from its confidence by chance, drawn as a grey span.
     """
     filled, width = count > 0, 1 / len(count)
-    left, alpha = (np.arange(len(count)) * width)[filled], np.where(count >= 20, 0.75, 0.2)[filled]
+    left, many = (np.arange(len(count)) * width)[filled], count[filled] >= 20
     total = np.maximum(count, 1)
     accuracy, confidence = (correct / total)[filled], (confidence / total)[filled]
-    shades = [matplotlib.colors.to_rgba(color, value) for value in alpha]
+    shades = [matplotlib.colors.to_rgba(color, 0.5 if enough else 0.15) for enough in many]
     ax.bar(left, accuracy, width, align="edge", color=shades, edgecolor="white", linewidth=0.5)
     gap = {"align": "edge", "fill": False, "edgecolor": "#CC3311", "hatch": "////", "linewidth": 0.6}
-    ax.bar(left[alpha > 0.5], (confidence - accuracy)[alpha > 0.5], width, accuracy[alpha > 0.5], **gap)
+    ax.bar(left[many], (confidence - accuracy)[many], width, accuracy[many], **gap)
     if chance is not None:
-        at, said, half = ((values[alpha > 0.5]) for values in (left + width / 2, confidence, chance[filled]))
+        at, said, half = (values[many] for values in (left + width / 2, confidence, chance[filled]))
         ax.vlines(at, said - half, said + half, color="#555555", linewidth=1.5)
     ax.plot([0, 1], [0, 1], color="#444444", linestyle="--", linewidth=1)
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", title=title)
