@@ -123,7 +123,7 @@ def test_a_block_may_be_empty(write):
 def test_a_study_sees_its_data_sets_common_settings_under_its_own(write):
     write({"shared.datasets": {"digits": {"val": 7, "mean": [0.3]}}})
     found = settings.data("tiny")
-    assert (found.val, found.mean, found.seed, found.shifted) == (5, [0.3], 1, [])
+    assert (found.val, found.mean, found.seed, found.shifted) == (60, [0.3], 1, [])
     write({"shared.datasets": {"digits": {"vall": 7}}})
     with pytest.raises(ValueError, match="shared.datasets.digits has no setting 'vall'"):
         settings.data("tiny")
