@@ -213,13 +213,13 @@ def by_bins(logits, labels, masked=(), numbers=(metrics.BINS,)) -> dict[str, np.
     }
 
 
-def chance_ece(logits, draws: int = 100, masked=()) -> float:
+def chance_ece(logits, draws: int = 100, masked=(), bins: int = metrics.BINS) -> float:
     """The floor of an ECE: its mean for a network with these confidences (logits: (N, K)) that is perfectly calibrated.
 
-    Each of ``draws`` test sets calls every prediction right with the probability of its own confidence. In [0, 1].
+    Each of ``draws`` test sets calls a prediction right with the probability of its confidence. In [0, 1].
     """
     confidence, _ = metrics.confidence_correct(logits, np.zeros(len(logits), int), masked)
-    random, edges = np.random.default_rng(0), metrics.equal_width_edges()
+    random, edges = np.random.default_rng(0), metrics.equal_width_edges(bins)
     sets = (random.random(len(confidence)) < confidence for _ in range(draws))
     return float(np.mean([metrics.calibration_error(confidence, correct, edges) for correct in sets]))
 
