@@ -281,9 +281,13 @@ def test_defaults_are_the_papers():
         losses.margin_label_smoothing: -log_p + 0.1 * beyond.mean(dim=1),
         losses.bsce_gra: -((probs - own).square().sum(dim=1) ** 2) * log_p,
         losses.aurc: losses.aurc(z, y, strength=0.05),
+        losses.label_smoothing: -0.95 * log_p - 0.05 / 4 * (z.log_softmax(dim=1).sum(dim=1) - log_p),
     }
     for loss, values in expected.items():
         torch.testing.assert_close(loss(z, y), values)
+    at = torch.tensor([0.199, 0.201], dtype=torch.float64)
+    values = losses.flsd(torch.stack([at, 1 - at], dim=1).log(), torch.tensor([0, 0]))
+    torch.testing.assert_close(values, -((1 - at) ** torch.tensor([5, 3])) * at.log())
     assert torch.autograd.gradcheck(lambda z: losses.margin_label_smoothing(z, y), z.requires_grad_())
 
 

@@ -110,6 +110,9 @@ def test_a_class_that_no_label_names(random):
     z, y = random
     y = np.where(y == 3, 2, y)
     assert np.isfinite([metric(z, y) for metric in metrics.METRICS.values()]).all()
+    probs, edges = torch.tensor(z).softmax(1).numpy(), metrics.equal_width_edges()
+    each = [metrics.calibration_error(probs[:, k], y == k, edges) for k in range(6)]
+    assert metrics.classwise_ece(z, y) == pytest.approx(np.mean(each), abs=1e-6)
 
 
 def test_errors_from_one_softmax_are_those_one_by_one(random):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import make_loss, protocol
 
-from focalcal import feed, losses, networks, train
+from focalcal import feed, networks, train
 from focalcal.text import RECEPTIVE_FIELD, GlobalPoolCNN, TreeLSTM
 
 CPU = torch.device("cpu")
@@ -144,8 +144,8 @@ def new_run(kind, arrays, loss="cross_entropy", **changes):
 
 
 @pytest.mark.parametrize("kind", ["documents", "trees"])
-@pytest.mark.parametrize("loss", losses.LOSSES)
-def test_every_loss_trains_on_text_and_repeats_whatever_is_beside_it(kind, loss):
+@pytest.mark.parametrize("loss", ["cross_entropy", "adafocal", "mmce"])
+def test_a_loss_trains_on_text_and_repeats_whatever_is_beside_it(kind, loss):
     """Dropout included: trained with another loss, the same bits come out."""
     arrays = prepared(kind)
     data = feed.splits(arrays, CPU)
