@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tiny import COMPENDIUM, DEADLINE, parameters, until, write_parameters
+from helpers import write_parameters
+from tiny import COMPENDIUM, DEADLINE, real_parameters, until
 
 LOSSES = ["focal3", "adafocal"]
 
@@ -24,7 +25,7 @@ def compendium(folder: Path, epochs: int) -> Path:
     """A folder with a study 'tiny', its data prepared."""
     folder.mkdir()
     (folder / "dvc.yaml").touch()
-    values = parameters(LOSSES)
+    values = real_parameters(LOSSES)
     values["studies"]["tiny"]["data"] |= {"test": 100, "shifted": []}
     values["studies"]["tiny"]["training"] |= {"epochs": epochs, "milestones": [epochs // 2], "augment": True}
     write_parameters(folder, values)

@@ -12,19 +12,11 @@ import time
 from pathlib import Path
 
 import yaml
-from tiny import REPOSITORY, call, commit, repository
+from tiny import REPOSITORY, call, repository, stub
 
 from compendium import stages, tasks
 
 LOSSES = yaml.safe_load((REPOSITORY / "params.yaml").read_text())["active"]["losses"]  # a dozen
-TRIVIAL = """import pathlib, sys
-study, loss, seed = sys.argv[1:]
-for name in (f"notebooks/02_train/{loss}-{seed}.ipynb", f"runs/{loss}/{seed}/history.csv",
-             f"provenance/{loss}-{seed}.json", f"models/{loss}-{seed}.safetensors"):
-    path = pathlib.Path("artifacts", study, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{loss} {seed}")
-"""
 
 
 def timed(what, function, *arguments):
@@ -38,12 +30,8 @@ def measure(folder: Path, count: int, everything: bool) -> None:
     print(f"{count} trainings", flush=True)
     os.chdir(folder.parent)
     copy = repository(folder, LOSSES, seeds=count // 12)
-    (copy / "trivial.py").write_text(TRIVIAL)
-    pipeline = yaml.safe_load((copy / "dvc.yaml").read_text())
-    pipeline["stages"]["train"]["cmd"] = "python trivial.py ${item.study} ${item.loss} ${item.seed}"
-    (copy / "dvc.yaml").write_text(yaml.safe_dump(pipeline, sort_keys=False))
     (copy / "dvc.lock").unlink()
-    commit(copy)
+    stub(copy)
     call(copy, "dvc", "repro", "prepare@tiny")
     names = [f"train@tiny-{loss}-{seed}" for seed in range(count // 12) for loss in LOSSES]
     if everything:

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import protocol
-from tiny import parameters, write_parameters
+from helpers import protocol, write_parameters
+from tiny import real_parameters
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -102,7 +102,7 @@ def test_operations_and_bytes_of_a_linear_layer_by_hand(monkeypatch):
 def test_the_table_has_a_row_for_each_variant_and_goes_into_figures(two_seconds, tmp_path, monkeypatch, capsys):
     (tmp_path / "dvc.yaml").touch()
     (tmp_path / "figures").mkdir()
-    write_parameters(tmp_path, parameters(["cross_entropy"]))
+    write_parameters(tmp_path, real_parameters(["cross_entropy"]))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(devices, "device", lambda: CPU)
     monkeypatch.setattr(bench, "stock_speed", lambda *_: 100.0)
@@ -120,7 +120,7 @@ def test_the_table_has_a_row_for_each_variant_and_goes_into_figures(two_seconds,
 
 def test_on_a_gpu_the_table_has_the_roofline_too(tmp_path, monkeypatch):
     (tmp_path / "dvc.yaml").touch()
-    write_parameters(tmp_path, parameters(["cross_entropy"]))
+    write_parameters(tmp_path, real_parameters(["cross_entropy"]))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "ceilings", lambda on: (1e12, 1e9))
     monkeypatch.setattr(bench, "step_cost", lambda name, shape: (2e9, 4e6))

@@ -71,17 +71,12 @@ def test_what_is_not_installed_is_named(missing, arguments, extras):
     [
         (["train", "huge", "focal1"], "Unknown study 'huge'; params.yaml defines: tiny."),
         (["train", "tiny", "brier"], "Unknown loss 'brier'; params.yaml lists under shared.losses: focal1, adafocal."),
-        (["data", "moon"], "'moon' is not fetched; data sets that are: fashion_mnist, cifar10, cifar100, svhn,"),
         (["data", "--prepare", "huge"], "Unknown study 'huge'"),
-        (["assess", "mine", "none.npz"], "none.npz is missing"),
         (["publish", "add", "none.tar"], "[Errno 2] No such file or directory: 'none.tar'"),
         (
             ["notebook", "--strip", "a", "b", "-p", "study", "x"],
             "-p goes with executing a notebook; --strip and --fill",
         ),
-        (["grid", "run", "--jobs", "0"], "--jobs must be 1 or more, got 0."),
-        (["grid", "cancel"], "There is no such grid; started here: none."),
-        (["bench", "--networks", "resnet9000"], "Unknown network 'resnet9000'; choose one of: small_resnet"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(tmp_path, monkeypatch, arguments, words):

@@ -1,6 +1,7 @@
 """The grid on this machine: what it refuses and asks for, and the real command on a tiny study in a copy."""
 
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -11,7 +12,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from dvc.repo import Repo
-from tiny import COMPENDIUM, DEADLINE, REPOSITORY, call, environment, parameters, repository, until, write_parameters
+from helpers import write_parameters
+from tiny import (
+    COMPENDIUM,
+    DEADLINE,
+    REPOSITORY,
+    call,
+    changed,
+    commit,
+    environment,
+    real_parameters,
+    repository,
+    stub,
+    until,
+)
 
 from compendium import __main__ as command_line
 from compendium import grid, stages, tasks
@@ -19,11 +33,16 @@ from focalcal import devices
 
 LOSSES = ["cross_entropy", "label_smoothing", "focal3"]
 GRID = (*COMPENDIUM, "grid")
+MILD = {"label_smoothing": {"alpha": 0.1}}
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    return repository(tmp_path_factory.mktemp("copy"), LOSSES, more_losses={"label_smoothing": {"alpha": 7.0}})
+    """A repository with three trainings that are none; what a training does has its own tests."""
+    alpha = {"label_smoothing": {"alpha": 7.0}}
+    copy = repository(tmp_path_factory.mktemp("copy"), LOSSES, more_losses=alpha)
+    stub(copy)
+    return copy
 
 
 @pytest.fixture
@@ -33,7 +52,7 @@ def bare(tmp_path, monkeypatch):
     folder.mkdir()
     for name in ("dvc.yaml", "data.dvc"):
         shutil.copy(REPOSITORY / name, folder)
-    write_parameters(folder, parameters(LOSSES))
+    write_parameters(folder, real_parameters(LOSSES))
     (folder / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
     (folder / "published").mkdir()
     subprocess.run(["git", "init", "-q", folder], check=True)
@@ -54,8 +73,9 @@ def handlers_kept():
 
 @contextmanager
 def started(copy):
-    """`grid run`, stopped at the end if it still runs; what it prints can be read as text."""
-    with subprocess.Popen([*GRID, "run"], cwd=copy, env=environment(copy), stdout=subprocess.PIPE, text=True) as head:
+    """`grid run` of the long training, stopped at the end if it still runs; what it prints can be read as text."""
+    command = [*GRID, "run", "train@*focal3*"]
+    with subprocess.Popen(command, cwd=copy, env=environment(copy), stdout=subprocess.PIPE, text=True) as head:
         try:
             yield head
         finally:
@@ -64,9 +84,9 @@ def started(copy):
                 head.communicate(timeout=DEADLINE)
 
 
-def saved(copy) -> list[str]:
-    """Names of the checkpoints of the long training, oldest first."""
-    return sorted(path.name for path in (copy / "scratch/tiny").glob("focal3-0/*/[0-9]*.safetensors"))
+def at_work(copy) -> set[str]:
+    """Names of the long training's starts."""
+    return {path.name for path in (copy / "scratch/tiny/focal3").glob("at-work-*")}
 
 
 @pytest.mark.whole
@@ -79,43 +99,34 @@ def test_one_stage_fails_the_others_finish_and_dvc_has_nothing_left_to_run(copy)
     for loss in ("cross_entropy", "focal3"):
         log = re.search(rf"^train@tiny-{loss}-0 .* (\S+)$", output, re.M)[1]
         assert "epoch" in (copy / log).read_text()
+        assert not (copy / "scratch/tiny" / loss).exists(), "checkpoints go once the results are in the cache"
     (copy / "params.yaml").write_text((copy / "params.yaml").read_text().replace("alpha: 7.0", "alpha: 0.1"))
     output = call(copy, *GRID, "run", "--jobs", "2")
     assert "2 of 3 stages are up to date" in output and "1 of 1 stages are done.\n`dvc repro` runs what" in output
     assert "Running stage" not in call(copy, "dvc", "repro", "train")
-    assert "3 of 3 stages are up to date" in call(copy, *GRID, "run")
-
-
-@pytest.mark.whole
-def test_a_grid_leaves_the_bytes_of_dvc_repro_whatever_threads_there_are(copy):
-    def contents():
-        study = copy / "artifacts" / "tiny"
-        made = [*study.glob("runs/focal3/0/*"), study / "models/focal3-0.safetensors"]
-        return {path: path.read_bytes() for path in [*made, study / "notebooks/02_train/focal3-0.ipynb"]}
-
-    before = contents()
-    call(copy, "dvc", "repro", "--force", "--single-item", "train@tiny-focal3-0", OMP_NUM_THREADS="3")
-    assert contents() == before and len(before) == 6
 
 
 @pytest.mark.whole
 def test_a_stopped_grid_goes_on(copy):
-    write_parameters(copy, parameters(LOSSES, exceptions={"focal3": {"epochs": 200, "evaluate_train_every": 200}}))
-    with started(copy) as head:
-        until(lambda: saved(copy) or head.poll() is not None)
-        assert "running" in call(copy, *GRID, "status", fails=True)
-        assert "is being stopped" in call(copy, *GRID, "cancel")
-        assert "Stopped; what is done is kept" in head.communicate(timeout=DEADLINE)[0] and head.returncode == 130
-    assert "does not run any more" in call(copy, *GRID, "cancel", fails=True)
+    with changed(copy, real_parameters(LOSSES, exceptions={"focal3": {"epochs": 2}}, more_losses=MILD)):
+        with started(copy) as head:
+            until(lambda: at_work(copy) or head.poll() is not None)
+            assert "running" in call(copy, *GRID, "status", fails=True)
+            assert "is being stopped" in call(copy, *GRID, "cancel")
+            assert "Stopped; what is done is kept" in head.communicate(timeout=DEADLINE)[0] and head.returncode == 130
+        assert "does not run any more" in call(copy, *GRID, "cancel", fails=True)
 
-    reached = saved(copy)[-1]
-    with started(copy) as head:
-        until(lambda: min(saved(copy), default="") > reached or head.poll() is not None)
-        head.kill()
-        assert head.wait() == -signal.SIGKILL, "it was still at work"
-        assert "is being stopped" in call(copy, *GRID, "cancel"), "also without the process that started it"
-        until(lambda: "does not run any more" in call(copy, *GRID, "cancel", fails=None))
-    assert "focal3-0 done computed" in " ".join(call(copy, *GRID, "run").split())
+        before = at_work(copy)
+        assert len(before) == 1, "what it had saved is still there"
+        with started(copy) as head:
+            until(lambda: at_work(copy) > before or head.poll() is not None)
+            head.kill()
+            assert head.wait() == -signal.SIGKILL, "it was still at work"
+            assert "is being stopped" in call(copy, *GRID, "cancel"), "also without the process that started it"
+            until(lambda: "does not run any more" in call(copy, *GRID, "cancel", fails=None))
+        (copy / "go").touch()
+        output = call(copy, *GRID, "run", "train@*focal3*")
+        assert "focal3-0 done computed" in " ".join(output.split()) and not at_work(copy)
 
 
 @pytest.mark.parametrize(
@@ -273,21 +284,54 @@ def test_what_slurm_is_asked_for(bare, monkeypatch):
     assert started.rows()["train@c"]["state"] == "not started"
 
 
+def test_what_slurm_says_of_a_task_and_what_its_result_says(bare, monkeypatch):
+    """squeue's words, and the pickles that submitit leaves, by task: 7_0 waits ... 7_4 is over and forgotten."""
+    said = ["7_0|PENDING|Resources", "7_1|RUNNING|None", "7_2|OUT_OF_MEMORY|None", "7_3|COMPLETED|None"]
+    commands = bare / "commands"
+    commands.mkdir()
+    (commands / "squeue").write_text("#!/bin/sh\necho '" + "\n".join(said) + "'\n")
+    (commands / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
+    names = [f"train@{letter}" for letter in "abcde"]
+    jobs = {name: f"7_{number}" for number, name in enumerate(names)}
+    begun = grid.Grid(bare / "scratch/grid/asked", "slurm", "HEAD", os.getpid(), jobs)
+    begun.save()
+    for name, outcome in (("train@c", ("error", "killed")), ("train@d", ("success", {"how": "computed"}))):
+        path = grid.JobPaths(begun.logs(name), jobs[name], 0).result_pickle
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pickle.dumps(outcome))
+    rows = {name: (row["state"], row["note"]) for name, row in begun.rows().items()}
+    assert rows["train@a"] == ("waiting", "Resources") and rows["train@b"] == ("running", "")
+    assert rows["train@c"] == ("failed", "killed (Slurm: OUT_OF_MEMORY)")
+    assert rows["train@d"] == ("done", "computed") and rows["train@e"] == ("stopped", "")
+    (commands / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    assert begun.rows()["train@a"]["state"] == "running", "squeue is silent"
+
+
 @pytest.mark.whole
-def test_results_of_other_settings_are_not_entered(copy, monkeypatch):
-    """As after a grid on a cluster, while which somebody edits params.yaml."""
+def test_what_a_clone_did_is_entered_unless_settings_have_changed(copy, monkeypatch, handlers_kept):
+    """As on a cluster, while which somebody edits params.yaml."""
+    stage = "train@tiny-focal3-0"
+    write_parameters(copy, real_parameters(LOSSES, exceptions={"focal3": {"clip": 1.0}}, more_losses=MILD))
+    commit(copy)
+    call(copy, "dvc", "repro", "prepare@tiny")
     monkeypatch.chdir(copy)
-    call(copy, *GRID, "run", "train@tiny-focal3-0")
-    lock, now = (copy / "dvc.lock").read_bytes(), (copy / "params.yaml").read_text()
-    entry = {"train@tiny-focal3-0": tasks.load_yaml("dvc.lock")["stages"]["train@tiny-focal3-0"]}
-    assert stages.collect(entry) == ([], [], []), "up to date"
-    (copy / "artifacts/tiny/runs/focal3/0/history.csv").unlink()
-    assert stages.collect(entry) == (["train@tiny-focal3-0"], [], [])
+    monkeypatch.setenv("FOCALCAL_DEVICE", "cpu")
+    settings = {
+        "commit": "HEAD",
+        "lock": copy / "dvc.lock",
+        "cache": str(copy / ".dvc/cache"),
+        "folder": str(copy / "scratch"),
+    }
+    done = tasks.Task(copy, {"FOCALCAL_SCRATCH": str(copy / "scratch")}, settings)(stage, ("strip", "prepare@tiny"))
+    assert done["how"] == "computed" and not list((copy / "scratch").glob("focalcal-*"))
+    entry, lock = {stage: done["entry"]}, (copy / "dvc.lock").read_bytes()
+    with changed(copy, real_parameters(LOSSES, exceptions={"focal3": {"clip": 3.0}}, more_losses=MILD)):
+        assert stages.collect(entry) == ([], [stage], []) and (copy / "dvc.lock").read_bytes() == lock
+    shutil.rmtree(copy / "artifacts/tiny/runs/focal3")
+    assert stages.collect(entry) == ([stage], [], [])
     assert (copy / "artifacts/tiny/runs/focal3/0/history.csv").exists()
-    (copy / "params.yaml").write_text(now.replace("clip: 2.0", "clip: 3.0"))
-    assert stages.collect(entry) == ([], ["train@tiny-focal3-0"], [])
-    (copy / "params.yaml").write_text(now)
-    assert (copy / "dvc.lock").read_bytes() == lock
+    assert stages.collect(entry) == ([], [], []), "up to date"
 
 
 @pytest.mark.whole

@@ -6,13 +6,14 @@ import inspect
 import re
 import subprocess
 import tomllib
+from contextlib import chdir
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
 
-from compendium import settings, trainings
+from compendium import settings, stages, trainings
 from compendium.settings import Data
 from focalcal import losses, networks, plots
 from focalcal.train import Training
@@ -214,3 +215,19 @@ def test_the_public_api_is_documented(path):
     tree = ast.parse(path.read_text())
     public = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"]
     assert ast.get_docstring(tree) and [node.name for node in public if not ast.get_docstring(node)] == []
+
+
+def test_make_results_trains_and_analyses_what_is_trained_here_and_the_headline():
+    globs = re.findall(
+        r"'([^']+)'", "".join(re.findall(r"compendium grid run (.*)\)", (ROOT / "Makefile").read_text()))
+    )
+    active = yaml.safe_load((ROOT / "params.yaml").read_text())["active"]
+    globs = [glob.replace("$(HEADLINE)", active["headline"]) for glob in globs]
+    with chdir(ROOT):
+        trained, analysed = (set(stages.matching(part, in_clones=False)[0]) for part in (globs[:1], globs[1:]))
+    (study,) = active["studies"]
+    assert trained == {f"train@{study}-{loss}-{seed}" for loss in active["losses"] for seed in active["seeds"]}
+    chapters = {stage.split("-", 1)[1] for stage in analysed if stage.startswith(f"analyse@{study}-")}
+    assert analysed == {f"analyse@{study}-{name}" for name in chapters} | {
+        f"analyse-published@{active['headline']}-{name}" for name in chapters
+    }

