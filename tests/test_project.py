@@ -51,12 +51,17 @@ def test_requirements_are_pinned_hashed_and_name_no_host():
 def test_the_parameters_name_what_exists():
     active, shared, studies = PARAMS["active"], PARAMS["shared"], PARAMS["studies"]
     drawn = {loss for loss in shared["losses"] if not re.fullmatch(r"flsd\d\d", loss)}  # pairs: cells of a heat map
-    assert set(active["losses"]) <= set(shared["losses"]) and drawn | {"flsd53"} <= set(plots.STYLE)
+    assert set(active["losses"]) <= set(shared["losses"])
+    assert drawn | {"flsd53"} <= set(plots.STYLE), "each loss of params.yaml needs a line in plots.STYLE"
+
     assert {special.get("function", name) for name, special in shared["losses"].items()} == set(losses.LOSSES)
-    groups = [group for kind in ("sweeps", "repeats", "comparisons") for group in active[kind].values()]
-    sweeps = [study for group in groups for name, study in group.items() if name != "notebook"]
+    groups = [group for kind in ("sweeps", "comparisons") for group in active[kind].values()]
+    named = [study for group in groups for name, study in group.items() if name != "notebook"]
+    repeated = [study for group in active["repeats"].values() for study in group.values()]
     assert {*active["studies"], *active["published"]} <= set(studies)
-    assert {*active["analysed"], *sweeps} <= set(active["published"])
+    assert {*active["analysed"], *named} <= set(active["published"])
+    assert set(repeated) <= {*active["studies"], *active["published"]}
+
     assert all((ROOT / "published" / f"{study}.dvc").is_file() for study in active["published"])
     assert set(active["detectors"]) <= set(PARAMS["detectors"])
     looks = [(color, dashes) for _, color, dashes in plots.STYLE.values()]
