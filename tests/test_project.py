@@ -7,6 +7,7 @@ import re
 import subprocess
 import tomllib
 from contextlib import chdir
+from itertools import product
 from pathlib import Path
 
 import nbformat
@@ -230,9 +231,10 @@ def test_make_results_trains_and_analyses_what_is_trained_here_and_the_headline(
     globs = [glob.replace("$(HEADLINE)", active["headline"]) for glob in globs]
     with chdir(ROOT):
         trained, analysed = (set(stages.matching(part, in_clones=False)[0]) for part in (globs[:1], globs[1:]))
-    (study,) = active["studies"]
-    assert trained == {f"train@{study}-{loss}-{seed}" for loss in active["losses"] for seed in active["seeds"]}
-    chapters = {stage.split("-", 1)[1] for stage in analysed if stage.startswith(f"analyse@{study}-")}
-    assert analysed == {f"analyse@{study}-{name}" for name in chapters} | {
-        f"analyse-published@{active['headline']}-{name}" for name in chapters
-    }
+    studies = active["studies"]
+    runs = product(studies, active["losses"], active["seeds"])
+    assert trained == {f"train@{study}-{loss}-{seed}" for study, loss, seed in runs}
+    one = f"analyse@{studies[0]}-"
+    chapters = {stage.removeprefix(one) for stage in analysed if re.match(rf"{one}\d", stage)}
+    wanted = {f"analyse@{study}-{name}" for study, name in product(studies, chapters)}
+    assert analysed == wanted | {f"analyse-published@{active['headline']}-{name}" for name in chapters}
