@@ -237,4 +237,6 @@ def test_make_results_trains_and_analyses_what_is_trained_here_and_the_headline(
     one = f"analyse@{studies[0]}-"
     chapters = {stage.removeprefix(one) for stage in analysed if re.match(rf"{one}\d", stage)}
     wanted = {f"analyse@{study}-{name}" for study, name in product(studies, chapters)}
-    assert analysed == wanted | {f"analyse-published@{active['headline']}-{name}" for name in chapters}
+    if active["headline"] in active["analysed"]:
+        wanted |= {f"analyse-published@{active['headline']}-{name}" for name in chapters}
+    assert analysed == wanted
