@@ -26,7 +26,7 @@ endef
 results: data
 	$(call timed,Trainings: one for each loss and as many at once as there are cores (two cores: 5 to 20 minutes),\
 		python -m compendium grid run 'train@*')
-	$(call timed,Analyses of what was trained and of the headline study (two cores: two to six minutes),\
+	$(call timed,Analyses of what was trained and of the headline study (two cores: two to ten minutes),\
 		python -m compendium grid run 'analyse@*' 'analyse*@$(HEADLINE)-*')
 	@echo
 	@for study in $$(python -c "from compendium import settings; print(*settings.active()['studies'])"); do \
