@@ -190,6 +190,10 @@ def test_the_floor_of_an_ece():
     expected = np.sqrt(2 * q * (1 - q) / (np.pi * samples))
     assert evidence.chance_ece(logits, draws=4000) == pytest.approx(expected, rel=0.04)
     assert evidence.chance_ece(np.tile([50.0, 0.0], (10, 1))) == pytest.approx(0, abs=1e-6)  # certain: always right
+    two = np.log(np.repeat([[0.6, 0.4], [0.9, 0.1]], 100, axis=0))  # in one bin their gaps may cancel
+    whole = np.sqrt(2 / np.pi * (0.6 * 0.4 + 0.9 * 0.1) / 2 / 200)
+    assert evidence.chance_ece(two, draws=4000, bins=1) == pytest.approx(whole, rel=0.04)
+    assert evidence.chance_ece(two, draws=4000) > 1.3 * whole
 
 
 def test_selective_prediction_by_hand():
