@@ -197,6 +197,7 @@ def swept(copy):
     values["active"]["comparisons"] = {
         "more": {"notebook": "17_beyond_focal", "study": "small", "beside": "far"},
         "less": {"notebook": "18_augmentation", "study": "small", "beside": "large"},
+        "again": {"notebook": "19_adafocal", "study": "far", "beside": "small"},
     }
     with changed(copy, values):
         call(copy, sys.executable, "-c", ELSEWHERE)
@@ -207,7 +208,7 @@ def swept(copy):
             shutil.rmtree(copy / "artifacts" / study)
         said = call(copy, *COMPENDIUM, "publish", "add", *(f"{study}.tar" for study in SIZES))
         assert said.count("Published") == 3
-        groups = ["choose-gamma@sizes", "compare@more", "compare@less", "analyse-published@far-08_results"]
+        groups = ["choose-gamma@sizes", "compare@more", "compare@less", "compare@again", "analyse-published@far-08_results"]
         ran = stages_that_ran(call(copy, "dvc", "repro", *groups))
         wanted = [f"{stage}@{study}" for study in SIZES for stage in ("take", "scale-published")]
         assert sorted(ran) == sorted([*wanted, *groups])
@@ -245,6 +246,16 @@ def test_augmentation_is_what_changes_overconfidence(swept):
         known = 100 * measured(swept, study).pivot(index="loss", columns="metric", values="value")
         expected = known.confidence - (100 - known.error)
         assert change[column].to_dict() == pytest.approx(expected.to_dict(), abs=1e-3)
+
+
+def test_adafocals_trainings_are_followed_to_their_end(swept):
+    ends = pd.read_csv(swept / "figures/again/19_adafocal/ends.csv").set_index("training")
+    known = measured(swept, "far").query("loss == 'adafocal'").set_index("metric").value
+    assert ends.index.tolist() == ["seed 0"]  # of small there is none
+    assert ends.loc["seed 0", "ECE %"] == pytest.approx(100 * known.ece, abs=1e-3)
+    assert ends.loc["seed 0", "over, test"] == pytest.approx(100 * (known.confidence - 1 + known.error), abs=1e-3)
+    gaps = pd.read_csv(swept / "figures/again/19_adafocal/gaps.csv", index_col=["training", "split"])
+    assert gaps.shape == (2, 15)
 
 
 def test_two_published_studies_are_compared(swept):
