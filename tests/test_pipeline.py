@@ -208,7 +208,8 @@ def swept(copy):
             shutil.rmtree(copy / "artifacts" / study)
         said = call(copy, *COMPENDIUM, "publish", "add", *(f"{study}.tar" for study in SIZES))
         assert said.count("Published") == 3
-        groups = ["choose-gamma@sizes", "compare@more", "compare@less", "compare@again", "analyse-published@far-08_results"]
+        groups = ["choose-gamma@sizes", *(f"compare@{group}" for group in values["active"]["comparisons"])]
+        groups += ["analyse-published@far-08_results"]
         ran = stages_that_ran(call(copy, "dvc", "repro", *groups))
         wanted = [f"{stage}@{study}" for study in SIZES for stage in ("take", "scale-published")]
         assert sorted(ran) == sorted([*wanted, *groups])
