@@ -77,6 +77,22 @@ def how(study: str) -> str:
     )
 
 
+def further(study: str) -> str:
+    """What more trainings of a loss, in a study that differs in seed or CPU only, make of its ECE: a line each."""
+    lines = []
+    for name, group in settings.active()["comparisons"].items():
+        beside, chapter = group["beside"], group["notebook"]
+        there = (paths.study(name) / "notebooks" / f"{chapter}.ipynb").is_file()
+        if group["study"] == study and settings.study(beside) == settings.study(study) and there:
+            both = pd.concat([runs.metrics(study), runs.metrics(beside)]).query("split == 'test' and metric == 'ece'")
+            ece = 100 * both[both.scaling == "none"].set_index("loss").value
+            for loss in set(runs.metrics(study).loss) & set(runs.metrics(beside).loss):
+                spread, place = f"{ece[loss].mean():.2f} ± {ece[loss].std():.2f} %", f"{name}-{chapter}.ipynb"
+                more = f"With further trainings {plots.label(loss)} has an ECE of {spread} over {len(ece[loss])}"
+                lines.append(f"{more} ([chapter {chapter[:2]}]({place})).")
+    return "\n\n".join(lines)
+
+
 def numbers(studies: list[str]) -> pd.DataFrame:
     """Every metric of every loss with its interval, one row each, beside the papers' numbers."""
     parts = []
@@ -521,6 +537,7 @@ def build(out: Path) -> None:
     quick = [f"## The quick study: {title(name)}\n\n{how(name)}\n\n{results(name)}" for name in others]
     parts = {
         "answer": answer(first), "study": first, "title": title(first), "how": how(first), "results": results(first),
+        "further": further(first),
         "counts": counts(repeats[0]) if repeats else "None was run.",
         "cells": raw(table_html("cells", cells(repeats[0]), [0, 1, 2, 3, 4, 7, -1])) if repeats else "",
         "quick": "\n\n".join(quick),
