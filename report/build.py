@@ -82,14 +82,14 @@ def further(study: str) -> str:
     lines = []
     for name, group in settings.active()["comparisons"].items():
         beside, chapter = group["beside"], group["notebook"]
-        there = (paths.study(name) / "notebooks" / f"{chapter}.ipynb").is_file()
+        there, page = (paths.study(name) / "notebooks" / f"{chapter}.ipynb").is_file(), f"{name}-{chapter}.ipynb"
         if group["study"] == study and settings.study(beside) == settings.study(study) and there:
-            both = pd.concat([runs.metrics(study), runs.metrics(beside)]).query("split == 'test' and metric == 'ece'")
-            ece = 100 * both[both.scaling == "none"].set_index("loss").value
-            for loss in set(runs.metrics(study).loss) & set(runs.metrics(beside).loss):
-                spread, place = f"{ece[loss].mean():.2f} ± {ece[loss].std():.2f} %", f"{name}-{chapter}.ipynb"
-                more = f"With further trainings {plots.label(loss)} has an ECE of {spread} over {len(ece[loss])}"
-                lines.append(f"{more} ([chapter {chapter[:2]}]({place})).")
+            tables = [runs.metrics(one).query("split == 'test'") for one in (study, beside)]
+            both = pd.concat(tables).query("metric == 'ece' and scaling == 'none'")
+            for loss in sorted(set(tables[0].loss) & set(tables[1].loss)):
+                ece = 100 * both.value[both.loss == loss]
+                spread = f"{ece.mean():.2f} ± {ece.std():.2f} % over {len(ece)} ([chapter {chapter[:2]}]({page}))"
+                lines.append(f"With further trainings {plots.label(loss)} has an ECE of {spread}.")
     return "\n\n".join(lines)
 
 

@@ -99,6 +99,7 @@ def test_the_opening_page_is_small_and_leads_with_the_headline_study(site):
         html.index(f"<h2>{title}") for title in ("The headline study", "The papers", "The quick study")
     )
     assert f">{known_ece(site, 'focal3'):.2f}" in html[first:cells]
+    assert "With further trainings AdaFocal has" in html[first:cells]
     assert ">tree_lstm<" in html[cells:quick] and f">{known_ece(site, 'focal3', 'fashion'):.2f}" in html[quick:]
     captions = re.findall(r'caption-text">([^<]+)', html)
     assert captions[0].startswith(f"{HEADLINE}: ") and len(captions) == len(set(captions)) * 2 > 10  # side bar and page
