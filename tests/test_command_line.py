@@ -101,6 +101,14 @@ def test_what_nobody_can_mend_is_shown_whole(monkeypatch):
         main(["data"])
 
 
+def test_ctrl_c_ends_in_a_sentence(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "call", interrupted)
+    assert main(["data"]) == 130 and "goes on from its last finished epoch" in capsys.readouterr().err
+
+
 def test_the_report_is_built_into_site_or_where_one_says(tmp_path, monkeypatch):
     (tmp_path / "dvc.yaml").touch()
     (tmp_path / "report").mkdir()

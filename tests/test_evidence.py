@@ -4,7 +4,7 @@ from relplot import smECE
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from focalcal import evidence, metrics
+from focalcal import calibrate, evidence, metrics
 
 
 @pytest.fixture
@@ -41,6 +41,33 @@ def test_the_interval_of_a_mean_is_that_of_theory():
     error = evidence.resampled_metrics(logits, wrong.astype(int), evidence.resamples(2000))["error"]
     half = 1.645 * np.sqrt(0.2 * 0.8 / 2000)
     assert evidence.interval(0.2, error, "error") == pytest.approx((0.2 - half, 0.2 + half), abs=1e-3)
+
+
+def test_another_validation_set_moves_a_scaled_ece_as_far_as_resamples_of_one_say():
+    def draw(samples, seed):
+        rng = np.random.default_rng(seed)
+        logits = 2 * rng.normal(size=(samples, 4))
+        labels = (np.exp(metrics.log_softmax(logits)).cumsum(axis=1) > rng.random((samples, 1))).argmax(axis=1)
+        return 1.5 * logits, labels, ()
+
+    fit, test = calibrate.temperature_by_nll, draw(8000, 0)
+    truly = [metrics.ece(test[0] / fit(*draw(400, seed)), *test[1:]) for seed in range(1, 101)]
+    found = [evidence.moved_by_validation(fit, draw(400, seed), test, ("ece",))["ece"] for seed in range(1, 11)]
+    assert np.std(found, axis=1).mean() == pytest.approx(np.std(truly), rel=0.25)
+
+
+def test_networks_share_the_resampled_validation_sets(sharp):
+    logits, labels = sharp
+
+    def by_labels(logits, labels, masked):
+        return 1 + labels.mean()  # knows nothing of the network
+
+    one, other = (
+        evidence.moved_by_validation(by_labels, (z, labels, ()), (logits, labels, ()), ("nll", "error"), draws=20)
+        for z in (logits, -logits)
+    )
+    assert one["nll"].std() > 0 and np.array_equal(one["nll"], other["nll"])
+    assert not one["error"].any()  # which no temperature changes
 
 
 def test_an_interval_stays_within_what_the_metric_can_be():
@@ -155,9 +182,6 @@ def test_proper_scores_split(sharp):
         sharp[0] / 10, sharp[1]
     )  # scaling moves miscalibration only: the order of samples stays
     assert cold["uncertainty"] == parts["uncertainty"]
-    nll = evidence.nll_split(*sharp)
-    assert nll["calibration"] > 0 and nll["calibration"] + nll["refinement"] == pytest.approx(nll["nll"])
-    assert evidence.nll_split(sharp[0] / 10, sharp[1])["refinement"] == pytest.approx(nll["refinement"], abs=1e-6)
 
 
 def test_miscalibration_by_hand():
@@ -167,13 +191,6 @@ def test_miscalibration_by_hand():
     score = (0.2**2 + 0.8**2 + 2 * 0.4**2) / 4
     assert parts["miscalibration"] == pytest.approx(score - 3 / 16)
     assert parts["discrimination"] == pytest.approx(0) and parts["uncertainty"] == pytest.approx(3 / 16)
-
-
-def test_ece_by_number_of_bins(sharp):
-    found = evidence.by_bins(*sharp, numbers=[1, 15])
-    confidence, correct = metrics.confidence_correct(*sharp)
-    assert found["equal width"][0] == pytest.approx(abs(confidence.mean() - correct.mean()))
-    assert found["equal width"][1] == metrics.ece(*sharp) and found["equal mass"][1] == metrics.adaptive_ece(*sharp)
 
 
 def test_the_best_and_what_is_not_told_apart_from_it():

@@ -51,6 +51,8 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
         part.write_text("half of it")
         1 / 0  # noqa: B018
     assert target.read_text() == "old" and list(target.parent.iterdir()) == [target]
+    with pytest.raises(IsADirectoryError, match="new is a folder; name a file"), paths.atomic(target.parent):
+        raise AssertionError("nothing is computed for it")
 
 
 def test_what_is_missing_is_named_with_advice_that_fits(folder):

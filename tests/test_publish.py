@@ -185,6 +185,8 @@ def test_what_is_not_whole_is_named(compendium, capsys):
         ("history.csv", b"epoch,test_nll\n1,0.5\n3,0.4\n", ": history.csv does not hold every epoch once"),
         ("history.csv", b"a,b\n1,0.5\n", ": history.csv does not hold every epoch once"),
         ("history.csv", b"epoch,test_nll\n1,inf\n", ": the test NLL in history.csv is not finite"),
+        ("history.csv", b"epoch,test_nll\n1,abc\n", ": history.csv is damaged"),
+        ("history.csv", b"", ": history.csv is damaged"),
         ("gradients.npz", b"nothing", ", is damaged in the packed file: .*gradients.npz"),
         ("logits.npz", b"nothing", ", is damaged in the packed file: .*logits.npz"),
     ):

@@ -163,6 +163,9 @@ def main(arguments=None) -> int | None:
     given = parser().parse_args(arguments)
     try:
         return call(given)
+    except KeyboardInterrupt:
+        print("\nStopped. A training that is started again goes on from its last finished epoch.", file=sys.stderr)
+        return 130
     except ModuleNotFoundError as problem:
         extras = "compendium,report" if given.verb == "report" else "compendium"
         sys.exit(f"focalcal: '{problem.name}' is missing; install what this needs with: pip install '.[{extras}]'")

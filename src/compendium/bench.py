@@ -25,8 +25,8 @@ SHAPES = {"small_resnet": (28, 1)}  # height and width, and channels; the others
 
 
 def synchronize(on: torch.device) -> None:
-    if on.type == "cuda":
-        torch.cuda.synchronize()
+    if on.type != "cpu":
+        torch.accelerator.synchronize(on)
 
 
 def median_seconds(work, repetitions: int, on: torch.device) -> float:

@@ -14,7 +14,7 @@ METRICS = {  # in published.csv -> name, in metrics.csv
     "auroc_percent_vs_svhn": ("AUROC % against SVHN", None),  # see chapter 9
     "auroc_percent_vs_cifar10c_gauss5": ("AUROC % against noise", None),
 }
-QUALITY = ("copied", "from figure", "independent run", "recalled")  # the authors' own numbers first
+QUALITY = ("copied", "read by eye", "from figure", "independent run", "recalled")  # the authors' own numbers first
 KEYS = ["dataset", "network", "loss", "metric"]
 
 

@@ -150,8 +150,8 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
                 parameters[name] = None
             if not isinstance(parameters[name], list):
                 raise ValueError(f"Parameter '{name}' of {notebook} must be a list such as '[\"brier\"]', got {value}.")
-        elif known[name]["default"].isdigit():
-            if not value.isdigit():
+        elif known[name]["default"].isdecimal():
+            if not value.isdecimal():
                 raise ValueError(
                     f"Parameter '{name}' of {notebook} must be a whole number, 0 or larger, got '{value}'."
                 )

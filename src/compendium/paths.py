@@ -59,8 +59,13 @@ def figures(name: str, notebook: str, only=()) -> Path:
 
 @contextmanager
 def atomic(path: Path):
-    """Yields a temporary path beside ``path``, moved onto it at the end and removed if anything fails."""
+    """Yields a temporary path beside ``path``, moved onto it at the end and removed if anything fails.
+
+    Raises IsADirectoryError, before anything is computed, if ``path`` is a folder.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file.")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part-{os.getpid()}-{path.name}")
     try:

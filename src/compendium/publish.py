@@ -94,7 +94,10 @@ def _checked(run: Path) -> None:
     for name in RUN_FILES:
         if not (run / name).is_file():
             raise ValueError(f"{run.parent.name}, seed {run.name}: {name} is missing in the packed file.")
-    history = pd.read_csv(run / "history.csv")
+    try:
+        history = pd.read_csv(run / "history.csv", dtype={"test_nll": float})
+    except ValueError as problem:
+        raise ValueError(f"{run.parent.name}, seed {run.name}: history.csv is damaged ({problem}).") from problem
     if not {"epoch", "test_nll"} <= set(history) or history["epoch"].tolist() != list(range(1, len(history) + 1)):
         raise ValueError(f"{run.parent.name}, seed {run.name}: history.csv does not hold every epoch once.")
     if not np.isfinite(history["test_nll"]).all():

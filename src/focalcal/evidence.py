@@ -11,7 +11,7 @@ from scipy import stats
 from scipy.special import digamma
 from sklearn.isotonic import IsotonicRegression
 
-from focalcal import calibrate, metrics
+from focalcal import metrics
 
 SMALLEST = 1e-3  # p-value that is told from a smaller one
 RESAMPLES, LEVEL = 1000, 0.90  # Mukhoti et al. 2020: 1000 resamples, intervals of 90 %
@@ -72,6 +72,20 @@ def _classwise(probs, labels, counts, bins: int) -> np.ndarray:
     inside = np.zeros((n, bins * len(classes)), np.float32)
     np.put_along_axis(inside, index, probs - (labels[:, None] == classes), axis=1)
     return np.abs(counts @ inside).sum(axis=1) / n / len(classes)
+
+
+def moved_by_validation(fit, val, test, names=tuple(metrics.METRICS), draws: int = 50) -> dict[str, np.ndarray]:
+    """How far the named metrics of a scaled test set move with another validation set: name -> (draws,).
+
+    fit: a choice of T, such as calibrate.temperature_by_nll; val, test: logits, labels and masked classes. T, to a
+    hundredth, is chosen on bootstrap resamples of val, which are the same for every network; less what val gives.
+    """
+    logits, labels, masked = val
+    again = np.random.default_rng(0).integers(len(labels), size=(draws, len(labels)))
+    chosen = [round(fit(logits[rows], labels[rows], masked), 2) for rows in (np.arange(len(labels)), *again)]
+    once = np.ones((1, len(test[1])), np.float32)
+    found = {t: resampled_metrics(test[0] / t, test[1], once, names, test[2]) for t in set(chosen)}
+    return {name: np.array([found[t][name][0] - found[chosen[0]][name][0] for t in chosen[1:]]) for name in names}
 
 
 def interval(value: float, resampled: np.ndarray, metric: str) -> tuple[float, float]:
@@ -194,23 +208,6 @@ def brier_split(logits, labels, masked=()) -> dict[str, float]:
     refined = ((IsotonicRegression().fit_transform(confidence, correct) - correct) ** 2).mean()
     parts = {"miscalibration": score - refined, "discrimination": uncertainty - refined, "uncertainty": uncertainty}
     return {name: float(value) for name, value in ({"brier_top": score} | parts).items()}
-
-
-def nll_split(logits, labels, masked=()) -> dict[str, float]:
-    """NLL as refinement, what is left at the temperature that is best for these very samples, and calibration."""
-    logits, labels = metrics.check(logits, labels)
-    whole, refinement = metrics.nll(logits, labels), calibrate.refinement(logits, labels)
-    return {"nll": whole, "calibration": whole - refinement, "refinement": refinement}
-
-
-def by_bins(logits, labels, masked=(), numbers=(metrics.BINS,)) -> dict[str, np.ndarray]:
-    """ECE for several numbers of bins, of equal width and of equal mass."""
-    confidence, correct = metrics.confidence_correct(logits, labels, masked)
-    cuts = {"equal width": metrics.equal_width_edges, "equal mass": lambda b: metrics.equal_mass_edges(confidence, b)}
-    return {
-        name: np.array([metrics.calibration_error(confidence, correct, edges(b)) for b in numbers])
-        for name, edges in cuts.items()
-    }
 
 
 def chance_ece(logits, draws: int = 100, masked=(), bins: int = metrics.BINS) -> float:
