@@ -91,6 +91,7 @@ clean:
 UV := $(BIN)/uv pip install --python $(BIN)/python --quiet
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 $(READY): requirements.txt pyproject.toml
+	@test ! -L .venv || { echo ".venv is a link to the environment of another folder, which would then belong to this one; to use it as it is: touch .venv/.ready"; exit 1; }
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "focalcal needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..."; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "Python's venv module is missing; install it first, on Debian and Ubuntu with: apt install python3-venv"; exit 1; }
 	@awk '/^uv==/ {on = 1} on && /^[^ ]/ && !/^uv==/ {exit} on' requirements.txt > .venv/uv.txt

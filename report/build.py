@@ -67,7 +67,7 @@ def how(study: str) -> str:
     data, own, protocol = settings.data(study), settings.study(study).training, settings.params()["shared"]["protocol"]
     seeds = runs.temperatures(study).reset_index().groupby("loss").seed.nunique()
     whole = "" if set(own) & set(protocol) else ", with the papers' whole protocol"
-    many = f"mean ± standard deviation over up to {seeds.max()} seeds"
+    many = f"mean ± standard deviation over {'up to ' * (seeds.min() < seeds.max())}{seeds.max()} seeds"
     one = "one seed, so only large differences mean anything"
     papers = "the same data and network" if runs.repeats_papers(study) else "ResNet-50 on CIFAR-10"
     return (
@@ -429,7 +429,11 @@ def answer(study: str) -> str:
     differences = pd.read_csv(paths.root() / "figures" / study / "10_evidence" / "differences.csv")
     after = differences.query("metric == 'ece' and scaling == 'nll'").verdict
     real = (after != "not distinguishable").sum()
-    seeds = "one seed" if raw.seeds.max() == 1 else f"up to {raw.seeds.max()} seeds"
+    seeds = (
+        "one seed"
+        if raw.seeds.max() == 1
+        else f"{'up to ' * (raw.seeds.min() < raw.seeds.max())}{raw.seeds.max()} seeds"
+    )
     return (
         f"as trained, with {seeds}, the expected calibration error (ECE) runs from "
         f"{with_interval(raw.loc[best])} ({plots.label(best)}) to {with_interval(raw.loc[worst])} "
@@ -458,6 +462,9 @@ def chapters(source: Path, groups: dict[str, str]) -> str:
         for chapter, path in sorted(pages.items()):
             name = f"{study}-{chapter}"
             page = nbformat.read(path, 4)
+            tags = [cell.metadata.get("tags", []) for cell in page.cells]
+            if ["injected-parameters"] in tags:  # what it was executed with; the defaults would stand beside it
+                page.cells = [cell for cell, of in zip(page.cells, tags, strict=True) if "parameters" not in of]
             heading, _, rest = page.cells[0].source.partition("\n")
             entries.append(f"{heading.removeprefix('# ')} <{name}>")
             if study != next(iter(groups)) and (paths.study(study) / "metrics.csv").is_file():

@@ -120,7 +120,7 @@ def add(archive: Path) -> Path:
     """
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            with tarfile.open(archive) as packed:
+            with tarfile.open(paths.existing(archive)) as packed:
                 names = packed.getnames()
                 bad = [name for name in names if not MEMBER.fullmatch(name)]
                 if bad or not names:
