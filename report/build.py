@@ -62,12 +62,17 @@ def results(study: str) -> str:
     return paths.existing(paths.root() / "figures" / study / "08_results" / "results.md").read_text()
 
 
+def several(seeds: pd.Series) -> str:
+    """Numbers of seeds, one for each loss, in words."""
+    return f"{'up to ' if seeds.min() < seeds.max() else ''}{seeds.max()} seeds"
+
+
 def how(study: str) -> str:
     """What the table of a study is of, in three sentences."""
     data, own, protocol = settings.data(study), settings.study(study).training, settings.params()["shared"]["protocol"]
     seeds = runs.temperatures(study).reset_index().groupby("loss").seed.nunique()
     whole = "" if set(own) & set(protocol) else ", with the papers' whole protocol"
-    many = f"mean ± standard deviation over {'up to ' * (seeds.min() < seeds.max())}{seeds.max()} seeds"
+    many = f"mean ± standard deviation over {several(seeds)}"
     one = "one seed, so only large differences mean anything"
     papers = "the same data and network" if runs.repeats_papers(study) else "ResNet-50 on CIFAR-10"
     return (
@@ -429,11 +434,7 @@ def answer(study: str) -> str:
     differences = pd.read_csv(paths.root() / "figures" / study / "10_evidence" / "differences.csv")
     after = differences.query("metric == 'ece' and scaling == 'nll'").verdict
     real = (after != "not distinguishable").sum()
-    seeds = (
-        "one seed"
-        if raw.seeds.max() == 1
-        else f"{'up to ' * (raw.seeds.min() < raw.seeds.max())}{raw.seeds.max()} seeds"
-    )
+    seeds = "one seed" if raw.seeds.max() == 1 else several(raw.seeds)
     return (
         f"as trained, with {seeds}, the expected calibration error (ECE) runs from "
         f"{with_interval(raw.loc[best])} ({plots.label(best)}) to {with_interval(raw.loc[worst])} "
