@@ -89,7 +89,7 @@ def moved_by_validation(fit, val, test, names=tuple(metrics.METRICS), draws: int
 
 
 def interval(value: float, resampled: np.ndarray, metric: str) -> tuple[float, float]:
-    """Where the mean of a metric over test sets of this size lies, measured once as ``value``: (low, high).
+    """Where the mean of a metric over sets of this size lies, measured once as ``value``: (low, high).
 
     The percentile interval of the resampled values (Mukhoti et al. 2020), less their bias, mean(resampled) - value:
     resampling adds noise to every bin, and binned errors add up absolute values, in which noise does not cancel. The
@@ -105,10 +105,11 @@ def difference(ours: np.ndarray, theirs: np.ndarray, resampled_ours, resampled_t
     """Mean paired difference of a metric between two losses, its interval and p-value.
 
     ours, theirs: a value per seed (S,); resampled_*: (S, resamples), from the same resamples. The standard error joins
-    that of the test set (bootstrap of the mean over seeds) and that of the seeds (their differences' standard deviation
-    / sqrt(S)); with one seed the second is unknown and left out. Student's t with Satterthwaite's degrees of freedom
-    (``freedom``; infinite with one seed). Far in its tail, below SMALLEST, that is no approximation any more. Values in
-    one place are of one seed; where one loss has more seeds, the first ones count. NaN resamples are left out.
+    that of the sets (bootstrap of the mean over seeds; it counts as known, though that of a validation set may come
+    from few draws) and that of the seeds (their differences' standard deviation / sqrt(S)); with one seed the second
+    is unknown and left out. Student's t with Satterthwaite's degrees of freedom (``freedom``; infinite with one seed).
+    Far in its tail, below SMALLEST, that is no approximation any more. Values in one place are of one seed; where one
+    loss has more seeds, the first ones count. NaN resamples are left out.
     """
     seeds = min(len(ours), len(theirs))
     gap = np.asarray(ours)[:seeds] - np.asarray(theirs)[:seeds]
