@@ -69,6 +69,13 @@ def test_adaptive_bins_hold_equal_numbers(random):
     assert count.sum() == 2000 and count.min() >= 199 and count.max() <= 202
 
 
+def test_one_bin_holds_the_difference_of_the_means(random):
+    confidence, correct = metrics.confidence_correct(*random)
+    for error in (metrics.ece, metrics.adaptive_ece):
+        assert error(*random, bins=1) == pytest.approx(abs(confidence.mean() - correct.mean()))
+        assert error(*random, bins=15) == error(*random) > error(*random, bins=1)
+
+
 def published_loop(confidence, correct, edges):
     """ECE as in the published code: a loop over bins, lower edge open."""
     total = 0.0

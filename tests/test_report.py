@@ -90,6 +90,11 @@ def test_every_link_resolves_and_none_leaves_for_a_script_or_style(site):
                 assert (page.parent / unquote(target)).exists(), f"{page.name}: {target}"
 
 
+def test_a_chapter_shows_its_parameters_once(site):
+    html = (site / f"{HEADLINE}-10_evidence.html").read_text()
+    assert "# Parameters" in html and "pictures then go to scratch/" not in html  # the defaults' comment
+
+
 def test_the_opening_page_is_small_and_leads_with_the_headline_study(site):
     html = (site / "index.html").read_text()
     scripts = [site / source for source in re.findall(r'<script[^>]* src="([^"?]+)', html)]
