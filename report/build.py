@@ -139,7 +139,7 @@ def cells(group: str) -> pd.DataFrame:
     shown["metric"], shown["scaling"], shown["papers"] = names, table.scaling, table.paper.round(2)
     text = {name: ["" if np.isnan(value) else f"{value:.2f}" for value in table[name]] for name in ("ours", "sd")}
     verdict = table.verdict.fillna("no verdict")
-    return shown.assign(ours=text["ours"], verdict=verdict, sd=text["sd"], source=table.quality)
+    return shown.assign(ours=text["ours"], verdict=verdict, sd=text["sd"], obtained=table.quality)
 
 
 def scripts(source: Path) -> str:
