@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import vl_convert
 from sphinx.cmd.build import main as sphinx
-from sphinx.util.osutil import ensuredir
 
 import focalcal
 from compendium import paths, runs, settings
@@ -41,7 +40,7 @@ OVER, UNDER = "over-confident", "under-confident"
 
 
 def headline() -> str:
-    """The study that leads: active.headline, or the first of active.studies, if chapter 8 is not there of that."""
+    """The study that leads: active.headline, or the first of active.studies and active.analysed if it is in neither."""
     chosen = settings.active()
     there = (*chosen["studies"], *chosen["analysed"])
     if not there:
@@ -104,13 +103,9 @@ def numbers(studies: list[str]) -> pd.DataFrame:
     for study in studies:
         table = pd.read_csv(paths.existing(paths.root() / "figures" / study / "10_evidence" / "intervals.csv"))
         paper = runs.papers(study) / 100
-        of_scaling = {"none": "before_scaling", "ece": "after_scaling"}
-        found = [
-            paper[of_scaling[row.scaling]].get(row.loss, np.nan)
-            if row.metric == "ece" and row.scaling in of_scaling
-            else np.nan
-            for row in table.itertuples()
-        ]
+        known = {("ece", "none"): paper.before_scaling, ("ece", "ece"): paper.after_scaling}
+        keys = zip(table.loss, table.metric, table.scaling, strict=True)
+        found = [known.get((metric, scaling), {}).get(loss, np.nan) for loss, metric, scaling in keys]
         parts.append(table.assign(study=study, loss=table.loss.map(plots.label), papers=found))
     table = pd.concat(parts).sort_values(["metric", "scaling"], key=_first, kind="stable")
     values = ["value", "low", "high", "sd", "papers"]
@@ -486,15 +481,14 @@ def reference() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def provenance(studies: list[str]) -> str:
+def provenance() -> str:
     """Where, with what and in how long every training ran."""
     rows = []
-    for study in studies:
-        for folder in (paths.study(study) / "provenance", paths.root() / "published" / study / "provenance"):
-            for path in sorted(folder.glob("*.json")):
-                rows.append({"study": study, "run": path.stem} | json.loads(path.read_text()))
+    for top in ("artifacts", "published"):
+        for path in sorted((paths.root() / top).glob("*/provenance/*.json")):
+            rows.append({"study": path.parts[-3], "run": path.stem} | json.loads(path.read_text()))
     table = pd.DataFrame(rows)
-    table["commit"] = table.commit.str[:7]
+    table["commit"] = table.commit.str.replace(r"^(\w{7})\w*", r"\1", regex=True)  # ", with changes" stays
     table = table.drop(columns=["settings", "loss_settings"], errors="ignore")
     text = "# Provenance\n\nEvery training: code, versions, device, time, memory.\n\n"
     return text + table.to_markdown(index=False) + "\n"
@@ -509,7 +503,7 @@ def downloads(source: Path) -> str:
             lines.append(f"\n## {folder.parent.name}, {folder.name}\n")
         for path in tables:
             copied = target / f"{folder.parent.name}-{folder.name}-{path.name}"
-            ensuredir(target)
+            target.mkdir(exist_ok=True)
             shutil.copy(path, copied)
             lines.append(f"- {{download}}`{path.name} <tables/{copied.name}>`")
     return "\n".join(lines) + "\n"
@@ -558,7 +552,7 @@ def build(out: Path) -> None:
         page = page.replace("{{ " + name + " }}", text)
     (source / "index.md").write_text(page)
     (source / "reference.md").write_text(reference())
-    (source / "provenance.md").write_text(provenance(studies))
+    (source / "provenance.md").write_text(provenance())
     (source / "downloads.md").write_text(downloads(source))
     if sphinx(["-q", "-b", "html", "-d", str(work / "doctrees"), str(source), str(built)]):
         raise RuntimeError("Sphinx stopped; its message is above.")

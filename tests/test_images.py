@@ -173,6 +173,9 @@ def test_bad_requests_are_named():
     for own in ({"vectors": "cut-out"}, {"masked": [1]}):
         with pytest.raises(ValueError, match="'vectors' and 'masked' are settings of texts"):
             prepare.prepare(Data(dataset="digits", train=1, val=1, test=1, **own))
+    for own in ({"per_class": True}, {"shifted": ["svhn"]}):
+        with pytest.raises(ValueError, match=f"'{min(own)}' is a setting of images, and this study's data are texts"):
+            prepare.prepare(Data(dataset="sst", train=1, val=1, test=1, **own))
     with pytest.raises(ValueError, match="Unknown data set 'imagenet'; choose one of: fashion_mnist"):
         images.prepare(Data(dataset="imagenet", train=1, val=1, test=1))
     with pytest.raises(ValueError, match="digits has 1000 training and 797 test images; train 1000 [+] val 1 and test"):

@@ -1,5 +1,6 @@
 """Packing finished runs and publishing them."""
 
+import gzip
 import os
 import subprocess
 import sys
@@ -167,8 +168,19 @@ def test_what_is_not_whole_is_named(compendium, capsys):
     publish.pack("tiny")
     assert "focal3, seed 1 is left out: history.csv missing." in capsys.readouterr().out
     packed = compendium / "tiny.tar"
-    packed.write_bytes(packed.read_bytes()[:3000])
+    whole = packed.read_bytes()
+    packed.write_bytes(whole[:3000])
     with pytest.raises(ValueError, match="tiny.tar is damaged or no tar file"):
+        publish.add(packed)
+    with gzip.open(packed.with_name("short.tar.gz"), "wb") as file:
+        file.write(whole)
+    short = packed.with_name("short.tar.gz")
+    short.write_bytes(short.read_bytes()[:3000])
+    with pytest.raises(ValueError, match="short.tar.gz is damaged or no tar file"):
+        publish.add(short)
+    header = whole.rfind(b"././@PaxHeader", 0, whole.rfind(b"tiny/runs"))  # tarfile takes a damaged one for the end
+    packed.write_bytes(whole[:header] + b"?" + whole[header + 1 :])
+    with pytest.raises(ValueError, match="tiny.tar is damaged: it ends before its params.yaml"):
         publish.add(packed)
     for name in ("../dvc.yaml", "tiny/runs/brier/0/history.exe"):
         with tarfile.open(compendium / "other.tar", "w") as archive:
@@ -184,6 +196,7 @@ def test_what_is_not_whole_is_named(compendium, capsys):
     for name, content, words in (
         ("history.csv", b"epoch,test_nll\n1,0.5\n3,0.4\n", ": history.csv does not hold every epoch once"),
         ("history.csv", b"a,b\n1,0.5\n", ": history.csv does not hold every epoch once"),
+        ("history.csv", b"epoch,test_nll\n", ": history.csv does not hold every epoch once"),
         ("history.csv", b"epoch,test_nll\n1,inf\n", ": the test NLL in history.csv is not finite"),
         ("history.csv", b"epoch,test_nll\n1,abc\n", ": history.csv is damaged"),
         ("history.csv", b"", ": history.csv is damaged"),

@@ -216,4 +216,4 @@ def test_a_masked_class_is_trained_and_never_predicted():
     logits, labels, masked = train.scored(run.model, feed.splits(arrays, CPU)["test"])
     assert masked == (1,) and (logits.argmax(axis=1) == 1).mean() > 0.2
     wrong = (np.where(logits[:, 0] > logits[:, 2], 0, 2) != labels).mean()
-    assert run.history[run.selected - 1]["test_error"] == pytest.approx(wrong) and wrong > (labels == 1).mean() - 1e-9
+    assert run.history[run.selected - 1]["test_error"] == pytest.approx(wrong)

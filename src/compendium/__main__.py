@@ -164,7 +164,8 @@ def main(arguments=None) -> int | None:
     try:
         return call(given)
     except KeyboardInterrupt:
-        print("\nStopped. A training that is started again goes on from its last finished epoch.", file=sys.stderr)
+        goes_on = " A training that is started again goes on from its last finished epoch."
+        print(f"\nStopped.{'' if given.verb == 'verify' else goes_on}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as problem:
         extras = "compendium,report" if given.verb == "report" else "compendium"

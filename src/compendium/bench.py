@@ -205,12 +205,9 @@ def looped_metrics(logits: torch.Tensor, labels: torch.Tensor) -> list[float]:
     confidence, predicted = probs.max(dim=1)
     correct, edges = predicted == labels, torch.linspace(0, 1, metrics.BINS + 1)
     mass = torch.from_numpy(metrics.equal_mass_edges(confidence.numpy()))
-    classwise = [looped_ece(probs[:, k], labels == k, edges) for k in range(logits.shape[1])]
-    classwise = sum(classwise) / logits.shape[1]
-    return [
-        value.item()
-        for value in (looped_ece(confidence, correct, edges), looped_ece(confidence, correct, mass), classwise)
-    ]
+    classwise = sum(looped_ece(probs[:, k], labels == k, edges) for k in range(logits.shape[1])) / logits.shape[1]
+    errors = looped_ece(confidence, correct, edges), looped_ece(confidence, correct, mass), classwise
+    return [error.item() for error in errors]
 
 
 def looped_temperatures(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:

@@ -1,4 +1,5 @@
-"""Raw data sets: fetched from the first source that has them, and every file verified against its published MD5.
+"""Raw data sets, fetched from the first source that has them. Files with a published MD5 are verified against it; the
+documents of 20 Newsgroups are counted, and GloVe's vectors checked where they are read.
 
 The sources, in this order: a folder named by the environment variable FOCALCAL_DATA; torchvision's mirrors, or the
 publishers of texts; for Fashion-MNIST Debian's package, and for a large part of GloVe's vectors a package of npm.
@@ -94,9 +95,9 @@ def _copy_from(source: Path, name: str, folder: Path) -> str | None:
     return None
 
 
-def _copy_text(source: Path, name: str, folder: Path) -> str | None:
-    """As ``_copy_from``, for texts of which no MD5 is known: counted instead, here or where they are read."""
-    if name == "sst":
+def _copy(source: Path, name: str, folder: Path) -> str | None:
+    """As ``_copy_from``; texts of which no MD5 is known are counted instead, here or where they are read."""
+    if name not in TEXTS or name == "sst":
         return _copy_from(source, name, folder)
     if name == "20newsgroups":
         first = next(iter(sorted(source.rglob("alt.atheism"))), None)
@@ -131,7 +132,7 @@ def _text_is_there(name: str, folder: Path) -> bool:
 
 
 def _unpacked(archive: Path, name: str, folder: Path) -> str | None:
-    """Fill ``folder`` with texts from their publisher's archive."""
+    """Fill ``folder`` from an archive as its publisher packs it."""
     with tempfile.TemporaryDirectory() as scratch:
         try:
             if archive.name.endswith(".zip"):
@@ -142,7 +143,7 @@ def _unpacked(archive: Path, name: str, folder: Path) -> str | None:
                     paths.unpack(packed, scratch)
         except DAMAGE as problem:
             return f"{archive} is damaged ({problem})"
-        return _copy_text(Path(scratch), name, folder)
+        return _copy(Path(scratch), name, folder)
 
 
 def _from_publisher(name: str, folder: Path) -> str | None:
@@ -186,18 +187,10 @@ def _from_environment(name: str, folder: Path) -> str | None:
     source = Path(source).expanduser()
     if name in TEXTS:
         archives = sorted(source.rglob(Path(ARCHIVES[name]).name)) if name in ARCHIVES else []
-        return _unpacked(archives[0], name, folder) if archives else _copy_text(source, name, folder)
+        return _unpacked(archives[0], name, folder) if archives else _copy(source, name, folder)
     problem = _copy_from(source, name, folder)
     archives = sorted(source.rglob(f"{name.replace('cifar', 'cifar-')}-python.tar.gz"))
-    if problem and archives:
-        with tempfile.TemporaryDirectory() as scratch:
-            try:
-                with tarfile.open(archives[0]) as archive:
-                    paths.unpack(archive, scratch)
-            except DAMAGE as damage:
-                return f"{archives[0]} is damaged ({damage})"
-            return _copy_from(Path(scratch), name, folder)
-    return problem
+    return _unpacked(archives[0], name, folder) if problem and archives else problem
 
 
 def _from_mirrors(name: str, folder: Path) -> str | None:
@@ -275,18 +268,15 @@ def fetch(name: str, folder: Path) -> None:
         if path.is_file() and _md5(path.read_bytes()) != md5:
             path.unlink()
             print(f"Removed {path}: corrupted or incomplete (its MD5 is not the published one).")
-    verified = f"all files verified ({len(wanted)})"
-    if name in TEXTS and not wanted and _text_is_there(name, folder):
-        print(f"{name} is in {folder}.")
-        return
-    if wanted and all((folder / file).is_file() for file in wanted):
-        print(f"{name} is in {folder}, {verified}.")
+    verified = f", all files verified ({len(wanted)})" if wanted else ""
+    if all((folder / file).is_file() for file in wanted) if wanted else _text_is_there(name, folder):
+        print(f"{name} is in {folder}{verified}.")
         return
     failures = []
     for source, copy in (TEXT_SOURCES if name in TEXTS else SOURCES).items():
         problem = copy(name, folder)
         if problem is None:
-            print(f"{name} copied into {folder} from {source}{f', {verified}' if wanted else ''}.")
+            print(f"{name} copied into {folder} from {source}{verified}.")
             return
         print(f"Not from {source}: {problem}.")
         failures.append(problem)

@@ -3,11 +3,15 @@
 from compendium import images, paths, settings, texts
 from compendium.settings import Data
 
+OF_IMAGES = ("mean", "std", "test_mean", "test_std", "per_class", "shifted")  # settings that texts do not have
+
 
 def prepare(config: Data) -> dict:
-    """The arrays of a study's prepared.npz, of images or texts; ValueError for an unknown data set, and for images with
-    settings of texts."""
+    """The arrays of a study's prepared.npz, of images or texts; ValueError for an unknown data set, and for settings of
+    the other kind."""
     if config.dataset in texts.DATASETS:
+        if given := [name for name in OF_IMAGES if getattr(config, name)]:
+            raise ValueError(f"'{given[0]}' is a setting of images, and this study's data are texts.")
         return texts.prepare(config)
     if config.dataset in images.DATASETS:
         if config.vectors or config.masked:

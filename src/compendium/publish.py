@@ -15,7 +15,7 @@ from zipfile import ZIP_DEFLATED
 import numpy as np
 import pandas as pd
 
-from compendium import paths, runs, settings
+from compendium import fetch, paths, runs, settings
 from focalcal import calibrate
 
 RUN_FILES = ("history.csv", "logits.npz")  # and for chapter 5 gradients.npz, for chapter 9 of images shifted.npz
@@ -77,7 +77,7 @@ def halve_precision(path: Path) -> bool:
 
 
 def slim_shifted(path: Path, weaker: bool) -> None:
-    """Rewrite a run's shifted.npz compressed, and without weaker noise: without that of severities 1 to 4."""
+    """Rewrite a run's shifted.npz compressed, and, unless ``weaker``, without the noise of severities 1 to 4."""
     out = set() if weaker else {f"noise{level}" for level in range(1, 5)}
     file = paths.read_npz(path)
     paths.write_npz(path, ZIP_DEFLATED, **{name: logits for name, logits in file.items() if name not in out})
@@ -98,7 +98,8 @@ def _checked(run: Path) -> None:
         history = pd.read_csv(run / "history.csv", dtype={"test_nll": float})
     except ValueError as problem:
         raise ValueError(f"{run.parent.name}, seed {run.name}: history.csv is damaged ({problem}).") from problem
-    if not {"epoch", "test_nll"} <= set(history) or history["epoch"].tolist() != list(range(1, len(history) + 1)):
+    epochs = history["epoch"].tolist() if {"epoch", "test_nll"} <= set(history) else []
+    if not epochs or epochs != list(range(1, len(epochs) + 1)):
         raise ValueError(f"{run.parent.name}, seed {run.name}: history.csv does not hold every epoch once.")
     if not np.isfinite(history["test_nll"]).all():
         raise ValueError(f"{run.parent.name}, seed {run.name}: the test NLL in history.csv is not finite.")
@@ -126,9 +127,11 @@ def add(archive: Path) -> Path:
                 if bad or not names:
                     raise ValueError(f"{archive} is not what `compendium publish pack` writes: {bad[:1] or 'empty'}.")
                 paths.unpack(packed, scratch)
-        except tarfile.TarError as problem:
+        except fetch.DAMAGE as problem:
             raise ValueError(f"{archive} is damaged or no tar file ({problem}).") from problem
         source, *others = sorted(Path(scratch).iterdir())
+        if not (source / "params.yaml").is_file():  # pack writes it last; a damaged header looks like the end of a tar
+            raise ValueError(f"{archive} is damaged: it ends before its params.yaml.")
         if others:
             raise ValueError(f"{archive} holds several studies; pack each alone: `compendium publish pack STUDY`.")
         study = source.name

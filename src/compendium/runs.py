@@ -184,7 +184,8 @@ def repeats_papers(study: str) -> bool:
 
 def data_and_network(study: str) -> tuple[str, str]:
     """As published.csv names them."""
-    return settings.data(study).dataset, settings.study(study).training["network"].removesuffix("_tiny_imagenet")
+    training = settings.params()["shared"]["protocol"] | settings.study(study).training
+    return settings.data(study).dataset, training["network"].removesuffix("_tiny_imagenet")
 
 
 def papers(study: str) -> pd.DataFrame:

@@ -199,7 +199,7 @@ def sst(config: Data) -> dict[str, np.ndarray]:
 
     Classes are negative (0 and 1 of five), neutral and positive (3 and 4). Sentences with a neutral root are left out;
     neutral phrases stay. The vocabulary is that of all sentences, case kept; words without a vector are drawn from
-    N(-0.05, 0.05^2), as published. Arrays: those of feed.Trees by split; masked; embedding; classes.
+    N(-0.05, 0.05^2), as published. Arrays: those of feed.Trees by split; embedding; classes.
     """
     splits, content = {}, fetch.verified("sst")
     for name, file in (("train", "train"), ("val", "dev"), ("test", "test")):

@@ -27,7 +27,7 @@ def judged(theirs: float, ours: float, sd: float) -> str:
 
 
 def measured(folder: Path) -> dict[str, float]:
-    """Metrics and temperatures of a run, at most to the digits that publishing keeps: test set, before and after."""
+    """Metrics and temperatures of a run, as its logits.npz gives them: test set, before and after scaling."""
     splits = runs.read_logits(folder / "logits.npz")
     chosen = calibrate.temperatures(*splits["val"])
     rows = calibrate.measure({"test": splits["test"]}, chosen)
@@ -99,7 +99,7 @@ def first_difference(ours: Path, theirs: Path) -> str:
     """Where two histories part."""
     with open(ours, newline="") as a, open(theirs, newline="") as b:
         for mine, other in zip(csv.DictReader(a), csv.DictReader(b), strict=False):
-            names = [name for name in other if mine.get(name) != other[name]]
+            names = [name for name in other if name in mine and mine[name] != other[name]]
             if names:
                 return (
                     f"not equal from epoch {other['epoch']} on ({names[0]}: {other[names[0]]}, here {mine[names[0]]})"
