@@ -56,6 +56,7 @@ def real_parameters(losses: list[str], seeds: int = 1, exceptions=None, more_los
     small = {"train": 64, "test": 24, "epochs": 6, "batch": 8, "width": 16, "seeds": [0]}
     values["detectors"]["boxes"] = values["detectors"]["detection"] | {"dataset": "digits"} | small
     values["shared"]["losses"] |= more_losses or {}
+    values["shared"]["beside"] = "tiny"
     values["studies"]["tiny"] = {
         "data": {"dataset": "digits", "train": 300, "val": 100, "test": 200, "shifted": ["digits", "svhn"]},
         "training": {"network": "small_resnet", "epochs": 3, "milestones": [2, 3], "augment": False, "threads": 1},
