@@ -95,7 +95,7 @@ $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "focalcal needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..."; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "Python's venv module is missing; install it first, on Debian and Ubuntu with: apt install python3-venv"; exit 1; }
 	@awk '/^uv==/ {on = 1} on && /^[^ ]/ && !/^uv==/ {exit} on' requirements.txt > .venv/uv.txt
-	$(call timed,Environment in .venv: 6 GB once (about a minute with a fast network),\
+	$(call timed,Environment in .venv: 6 GB once (one to four minutes),\
 		{ $(PIP) --require-hashes -r .venv/uv.txt && $(UV) --require-hashes --compile-bytecode -r requirements.txt \
 			&& $(UV) --no-deps --no-build-isolation -e .; } \
 		|| { echo "uv could not; now with pip (three minutes)" \
