@@ -198,7 +198,8 @@ def test_every_chapter_has_a_stage_that_depends_on_its_stripped_copy():
 def test_notebooks_are_chapters(path):
     cells = nbformat.read(path, 4).cells
     code = [cell for cell in cells if cell.cell_type == "code"]
-    prose = " ".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert not re.search(r"^\s*%", prose, re.M), "the site takes such a line for a comment"
     assert cells[0].source.startswith("# ") and "Reading" in prose and "**Different from the paper" in prose
     assert [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])] == code[:1]
     assert max(cell.source.count("\n") + 1 for cell in code) <= 15
