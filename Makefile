@@ -24,7 +24,7 @@ endef
 .PHONY: results everything data artifacts report test test-all test-whole test-slurm bench lab notebooks lock grid clean
 
 results: data
-	$(call timed,Trainings: one for each loss and as many at once as there are cores (two cores: 5 to 20 minutes),\
+	$(call timed,Trainings: as many at once as there are GPUs or cores (study fashion on two cores: 5 to 20 minutes),\
 		python -m compendium grid run 'train@*')
 	$(call timed,Analyses of what was trained and of the headline study (two cores: two to ten minutes),\
 		python -m compendium grid run 'analyse@*' 'analyse*@$(HEADLINE)-*')
@@ -43,7 +43,7 @@ everything: data
 	dvc repro
 
 data: $(READY)
-	$(call timed,Data: fetched once and verified (half a minute),python -m compendium data && dvc pull --quiet published/*.dvc)
+	$(call timed,Data: fetched once and verified (Fashion-MNIST: half a minute),python -m compendium data && dvc pull --quiet published/*.dvc)
 
 artifacts: $(READY)
 	dvc pull --allow-missing

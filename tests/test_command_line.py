@@ -13,7 +13,7 @@ from compendium import __main__ as command_line
 from compendium.__main__ import VERBS, main
 
 ROOT = Path(__file__).parents[1]
-TEXTS = ("Makefile", "README.md", "dvc.yaml", "docs/grid.md", "docs/paper-scale.md")
+TEXTS = ("Makefile", "README.md", "dvc.yaml", "docs/extend.md", "docs/grid.md", "docs/paper-scale.md", "docs/verify.md")
 
 
 def run(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
