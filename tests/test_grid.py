@@ -132,7 +132,7 @@ def test_a_stopped_grid_goes_on(copy):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["run", "trian@*"], "No stage matches 'trian@*'; `dvc stage list --all` names them."),
+        (["run", "trian@*"], "No stage matches 'trian@*'; `dvc stage list` names all that params.yaml activates."),
         (
             ["run", "train@*", "scale@*"],
             "scale@tiny depends on train@tiny-cross_entropy-0, so they cannot run at once",

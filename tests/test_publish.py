@@ -55,7 +55,7 @@ def test_packed_runs_are_published_and_pinned(compendium, capsys):
     main(["publish", "pack", "tiny"])
     assert "2 runs in tiny.tar" in capsys.readouterr().out
     main(["publish", "add", "tiny.tar"])
-    assert "Name the study under active.published" in capsys.readouterr().out
+    assert "move the study to active.published" in capsys.readouterr().out
     assert (compendium / "published/tiny.dvc").is_file()
     assert [file for file in (compendium / ".store").rglob("*") if file.is_file()]
     found = paths.read_npz(compendium / "published/tiny/runs/brier/0/logits.npz")

@@ -171,5 +171,5 @@ def publish(archives: list[Path]) -> None:
             if subprocess.run([sys.executable, "-m", "dvc", verb, "-q", where], cwd=paths.root()).returncode:
                 raise RuntimeError(f"`dvc {verb} {where}` failed; put it right and run it again.")
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
-        print(f"Published {folder} ({size:.1f} MB). Put the study under active.published in params.yaml, not under active.studies,")
+        print(f"Published {folder} ({size:.1f} MB). In params.yaml move the study to active.published,")
         print(f"run `dvc repro`, and commit published/{folder.name}.dvc and .store.")

@@ -21,7 +21,7 @@ def matching(globs: list[str], in_clones: bool) -> tuple[dict[str, tuple[str, ..
         found = {name for glob in globs for name in fnmatch.filter(named, glob) if named[name].cmd}
         for glob in globs:
             if not fnmatch.filter(found, glob):
-                raise ValueError(f"No stage matches '{glob}'; `dvc stage list` names them: of what stands under active in params.yaml.")
+                raise ValueError(f"No stage matches '{glob}'; `dvc stage list` names all that params.yaml activates.")
         above = {name: {s.addressing for s in networkx.descendants(graph, named[name])} for name in found}
         for name in sorted(found):
             if within := above[name] & found:
