@@ -68,9 +68,9 @@ def several(seeds: pd.Series) -> str:
 
 def how(study: str) -> str:
     """What the table of a study is of, in three sentences."""
-    data, own, protocol = settings.data(study), settings.study(study).training, settings.params()["shared"]["protocol"]
+    data, own = settings.data(study), settings.study(study).training
     seeds = runs.temperatures(study).reset_index().groupby("loss").seed.nunique()
-    whole = "" if set(own) & set(protocol) else ", with the papers' whole protocol"
+    whole = "" if set(own) - {"network", "threads", "evaluate_train_every"} else ", with the papers' whole protocol"
     many = f"mean ± standard deviation over {several(seeds)}"
     one = "one seed, so only large differences mean anything"
     papers = "the same data and network" if runs.repeats_papers(study) else "ResNet-50 on CIFAR-10"
@@ -324,12 +324,9 @@ def diagram(choice: str, first: str) -> alt.LayerChart:
     )
 
 
-def courses(study: str) -> list[dict]:
-    """Training curves of every loss: mean and, with several seeds, standard deviation.
-
-    Without the first tenth of the epochs, which dwarfs the rest, and of long trainings not every epoch.
-    """
-    history = runs.history(study).query("epoch > 0.1 * epoch.max()")
+def courses(history: pd.DataFrame) -> list[dict]:
+    """Training curves of every loss: mean and, with several seeds, standard deviation; of long trainings not every
+    epoch."""
     rows = []
     for loss, table in history.groupby("loss", sort=False):
         step = -(-table.epoch.nunique() // POINTS)
@@ -341,13 +338,6 @@ def courses(study: str) -> list[dict]:
             row["sd"] = sd if sd.notna().any() else []
             rows.append(row | {kind: [_short(value) for value in row[kind]] for kind in ("value", "sd")})
     return rows
-
-
-def top(study: str, column: str) -> float:
-    """Where a curve's axis ends: above 98 % of its values after the first tenth, and above all of the second half."""
-    history = runs.history(study).query("epoch > 0.1 * epoch.max()")
-    late = history[history.epoch > history.epoch.max() / 2][column]
-    return _short(1.02 * max(history[column].quantile(0.98), late.max()))
 
 
 def _short(value: float) -> float | None:
@@ -386,7 +376,10 @@ def curves(study: str) -> str:
         )
     )
     x = alt.X("epoch:Q", title="Epoch", scale=alt.Scale(nice=False, zero=False), axis=alt.Axis(labelFlush=True))
-    tops = json.dumps({name: top(study, column) for column, name in CURVES.items()})
+    history = runs.history(study).query("epoch > 0.1 * epoch.max()")  # the first tenth dwarfs the rest
+    late = history[history.epoch > history.epoch.max() / 2]
+    ends = {name: 1.02 * max(history[column].quantile(0.98), late[column].max()) for column, name in CURVES.items()}
+    tops = json.dumps({name: _short(end) for name, end in ends.items()})
     y = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False, domainMax=alt.ExprRef(f"({tops})[curve]")))
     band = chosen.transform_filter("isValid(datum.sd)").mark_area(clip=True)
     band = band.encode(
@@ -406,7 +399,7 @@ def curves(study: str) -> str:
     )
     tips = ["loss:N", "epoch:Q", alt.Tooltip("value:Q", format=".4f")]
     points = chosen.mark_point(size=60, opacity=0, filled=True, clip=True).encode(x, y, color, tooltip=tips)
-    rows = courses(study)
+    rows = courses(history)
     bands = [band] if any(row["sd"] for row in rows) else []
     chart = (
         alt.layer(*bands, line.add_params(single), points, data=alt.NamedData("courses"))
@@ -452,7 +445,7 @@ def chapters(source: Path, groups: dict[str, str]) -> str:
     found = []
     for study, caption in groups.items():
         folder, entries = paths.study(study) / "notebooks", []
-        pages = {path.stem: path for path in folder.glob("*.ipynb")}
+        pages = {path.stem: path for path in folder.glob("[!.]*.ipynb")}  # none of a stopped stage
         if (one := folder / "02_train" / "cross_entropy-0.ipynb").is_file():
             pages["02_train"] = one
         for chapter, path in sorted(pages.items()):
@@ -498,7 +491,7 @@ def downloads(source: Path) -> str:
     """Copies of the tables behind the figures, and links to them."""
     lines, target = ["# Downloads\n\nThe numbers behind every figure and table."], source / "tables"
     for folder in sorted(path for path in (paths.root() / "figures").glob("*/*") if path.is_dir()):
-        tables = sorted(folder.glob("*.csv"))
+        tables = sorted(folder.glob("[!.]*.csv"))
         if tables:
             lines.append(f"\n## {folder.parent.name}, {folder.name}\n")
         for path in tables:
@@ -556,6 +549,6 @@ def build(out: Path) -> None:
     (source / "downloads.md").write_text(downloads(source))
     if sphinx(["-q", "-b", "html", "-d", str(work / "doctrees"), str(source), str(built)]):
         raise RuntimeError("Sphinx stopped; its message is above.")
-    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(out := out.resolve(), ignore_errors=True)  # not a link to it, which would stay
     shutil.move(built, out)
     print(f"Open {out / 'index.html'}")

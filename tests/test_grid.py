@@ -107,6 +107,14 @@ def test_one_stage_fails_the_others_finish_and_dvc_has_nothing_left_to_run(copy)
 
 
 @pytest.mark.whole
+def test_what_a_grid_depends_on_runs_first_however_far_above(copy):
+    notebook = copy / "notebooks/01_prepare.ipynb"
+    notebook.write_text(notebook.read_text().replace('"config = ', '"anew = config = ', 1))
+    output = call(copy, *GRID, "run", "train@*cross_entropy*")  # strip first, and only then is prepare outdated
+    assert "Running stage 'prepare@tiny'" in output and "1 of 1 stages are up to date" in output
+
+
+@pytest.mark.whole
 def test_a_stopped_grid_goes_on(copy):
     with changed(copy, real_parameters(LOSSES, exceptions={"focal3": {"epochs": 2}}, more_losses=MILD)):
         with started(copy) as head:

@@ -187,8 +187,9 @@ def test_bad_requests_are_named():
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
-        ("train_images", lambda x: x / 255, r"own: train_images must be uint8 \(N, H, W, C\), got float64"),
-        ("test_images", lambda x: x[..., 0], r"own: test_images must be uint8 \(N, H, W, C\), got uint8 \(20, 8, 8\)"),
+        ("train_images", lambda x: x / 255, r"own: train_images must be uint8 \(N, H, W, 1 or 3\), got float64"),
+        ("test_images", lambda x: x[..., 0], r"own: test_images must be uint8 .*, got uint8 \(20, 8, 8\)"),
+        ("test_images", lambda x: x.repeat(4, axis=3), r"own: test_images must be uint8 .*, got uint8 \(20, 8, 8, 4\)"),
         ("train_labels", lambda x: x.astype(str), r"own: train_labels must be int64 \(40,\), got <U"),
         ("test_labels", lambda x: x[:0], r"own: test_labels must be int64 \(20,\), got int64 \(0,\)"),
         ("test_labels", lambda x: x + 1, r"own: test_labels must lie in 0\.\.2, got 1\.\.3"),

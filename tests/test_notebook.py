@@ -120,7 +120,8 @@ def test_filling_takes_the_outputs_of_the_copy_that_ran_with_the_same_parameters
     (folder / "notebooks").mkdir()
     write(folder / "notebooks" / "a.ipynb", "print(x + 1)")
     for study, value in (("one", "1"), ("two", "2")):
-        main(["notebook", "notebooks/a.ipynb", f"artifacts/{study}/notebooks/a.ipynb", "-p", "x", value])
+        main(["notebook", "notebooks/a.ipynb", f"artifacts/{study}/notebooks/a/{value}.ipynb", "-p", "x", value])
+    (folder / "artifacts/one/notebooks/a/.part-1.ipynb").write_text("of a stopped stage")
     main(["notebook", "--fill", "artifacts", "notebooks"])
     assert texts(folder / "notebooks/a.ipynb") == ["2\n"]
     cells = nbformat.read(folder / "notebooks/a.ipynb", 4).cells

@@ -84,6 +84,12 @@ def test_a_damaged_byte_of_a_compressed_file_is_found(folder):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="logits.npz is truncated or damaged .*invalid block type"):
         paths.read_npz(path)
+    paths.write_npz(path, logits=np.zeros((20, 3)))
+    content = bytearray(path.read_bytes())
+    content[content.rfind(b"PK\1\2") + 8] |= 1  # a flag: encrypted
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="logits.npz is truncated or damaged .*encrypted"):
+        paths.read_npz(path)
 
 
 def test_a_single_array_is_no_npz_file(tmp_path):

@@ -209,6 +209,11 @@ def test_what_is_not_whole_is_named(compendium, capsys):
         with pytest.raises(ValueError, match=f"brier, seed 0{words}"):
             publish.add(packed)
         (run / name).write_bytes(before)
+    record = paths.study("tiny") / "provenance/brier-0.json"
+    record.write_text(record.read_text()[:-1])
+    publish.pack("tiny")
+    with pytest.raises(ValueError, match="brier, seed 0, is damaged in the packed file"):
+        publish.add(packed)
     assert not (compendium / "published").exists()
     with pytest.raises(SystemExit, match="focalcal: No finished run in .*nothing/runs; train first"):
         main(["publish", "pack", "nothing"])

@@ -191,7 +191,9 @@ def test_texts_are_fetched_from_a_folder_or_its_archive(folder, monkeypatch, cap
     with pytest.raises(SystemExit, match="holds 20 documents instead of 19,997 .a later edition"):
         main(["data", "20newsgroups"])
     monkeypatch.setattr(fetch, "DOCUMENTS", 20)
+    write_newsgroups(given / "20_bydate", count=2)  # another edition beside it
     main(["data", "20newsgroups"])
+    (folder / "data/20newsgroups/.ipynb_checkpoints").mkdir()
     assert len(texts.newsgroup_files()) == 20
     monkeypatch.setenv("FOCALCAL_DATA", str(folder / "data"))  # the folder itself: what is there stays
     main(["data", "20newsgroups"])

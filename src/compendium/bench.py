@@ -69,7 +69,7 @@ def stock_epoch(model: nn.Module, loader: DataLoader, config: Training, on: torc
             loss = F.cross_entropy(model(images), labels, reduction=config.reduction)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip or float("inf"))
             optimizer.step()
             total += loss.item()
         return total
@@ -89,15 +89,11 @@ def stock_speed(name: str, images, labels, config: Training, on: torch.device) -
     loader = DataLoader(
         pictures, BATCH, shuffle=True, num_workers=workers, persistent_workers=True, pin_memory=on.type == "cuda"
     )
-    set_default_numerics()
-    model = networks.NETWORKS[name](10, channels).to(on)
-    return len(labels) / median_seconds(stock_epoch(model, loader, config, on), 3, on)
-
-
-def set_default_numerics() -> None:
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, False
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, False
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, False  # PyTorch's defaults
+    model = networks.NETWORKS[name](10, channels).to(on)
+    return len(labels) / median_seconds(stock_epoch(model, loader, config, on), 3, on)
 
 
 def engine_speed(name: str, images, labels, config: Training, on: torch.device, count=1, graph=False) -> float:
@@ -162,10 +158,10 @@ def training_rows(names: list[str], on: torch.device) -> list[dict]:
         images = rng.integers(0, 256, (images_in_epoch, size, size, channels)).astype(np.uint8)
         data = name, images, rng.integers(0, 10, images_in_epoch)
         protocol |= {"network": name, "augment": name != "small_resnet"}
-        exact = Training(**protocol, mode="exact")
+        exact = Training(**protocol | {"mode": "exact"})
         speeds = {"stock loop": stock_speed(*data, exact, on), "exact": engine_speed(*data, exact, on)}
         if cuda:
-            fast, compiled = Training(**protocol, mode="fast"), Training(**protocol, mode="fast", compiled=True)
+            fast, compiled = (Training(**protocol | {"mode": "fast", "compiled": how}) for how in (False, True))
             speeds["fast, eager"] = engine_speed(*data, fast, on)
             speeds["fast"] = engine_speed(*data, fast, on, graph=True)
             if any(map(shutil.which, ("gcc", "clang"))):  # Triton builds a small library
@@ -269,7 +265,8 @@ def draw(table: pd.DataFrame, machine: str) -> None:
         ax.set(xscale="log", xlabel="times as fast", title=machine, xlim=(0.7, 4 * shown.ratio.max()))
         plots.plain_log(ax.xaxis)
         ax.invert_yaxis()
-        figure.savefig(paths.root() / "figures" / "bench.png", bbox_inches="tight")
+        with paths.atomic(paths.root() / "figures" / "bench.png") as part:
+            figure.savefig(part, format="png", bbox_inches="tight")
         plt.close(figure)
 
 

@@ -100,13 +100,14 @@ def _copy(source: Path, name: str, folder: Path) -> str | None:
     if name not in TEXTS or name == "sst":
         return _copy_from(source, name, folder)
     if name == "20newsgroups":
-        first = next(iter(sorted(source.rglob("alt.atheism"))), None)
-        if first is None:
+        tops = [group.parent for group in sorted(source.rglob("alt.atheism"))]
+        if not tops:
             return f"there is no folder alt.atheism in {source}"
-        documents = [file for file in sorted(first.parent.glob("*/*")) if file.name.isdigit()]
-        if len(documents) != DOCUMENTS:
-            many = f"{len(documents)} documents instead of {DOCUMENTS:,}"
-            return f"{first.parent} holds {many} (a later edition will not do)"
+        editions = [[file for file in sorted(top.glob("*/*")) if file.name.isdigit()] for top in tops]
+        documents = next((files for files in editions if len(files) == DOCUMENTS), None)
+        if documents is None:
+            many = f"{len(editions[0])} documents instead of {DOCUMENTS:,}"
+            return f"{tops[0]} holds {many} (a later edition will not do)"
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as scratch:  # whole groups, or none of one
             for file in documents:
                 (Path(scratch) / file.parent.name).mkdir(exist_ok=True)
@@ -281,6 +282,7 @@ def fetch(name: str, folder: Path) -> None:
         print(f"Not from {source}: {problem}.")
         failures.append(problem)
     missing = ", ".join(Path(file).name for file in wanted) or ARCHIVES.get(name, "glove.6B.100d.part.txt")
+    missing += f" (or {name.replace('cifar', 'cifar-')}-python.tar.gz)" if name.startswith("cifar") else ""
     raise FileNotFoundError(
         f"No source of {name} could be used ({'; '.join(failures)}). Put {missing} into a folder, set FOCALCAL_DATA to "
         "it and run this again."

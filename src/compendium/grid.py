@@ -340,16 +340,18 @@ def run(globs: list[str], executor: str, slots: int | None, config: Path | None)
     wanted = cluster(config) if on_slurm else None
     if on_slurm and not (shutil.which("sbatch") and shutil.which("squeue")):
         raise RuntimeError("There is no sbatch here; on a machine that can submit jobs, run this again.")
-    commit, changed = (
-        subprocess.run(["git", *command], cwd=root, capture_output=True, text=True).stdout.strip()
+    asked = [
+        subprocess.run(["git", *command], cwd=root, capture_output=True, text=True)
         for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", ".", ":(exclude)dvc.lock"])
-    )
+    ]
+    commit, changed = (answer.stdout.strip() for answer in asked)
     if on_slurm and (changed or not commit):
-        raise RuntimeError(f"Tasks on the cluster work on a commit; commit first what is not: {changed[:200]}")
+        what = " ".join((changed or asked[1].stderr or "nothing is committed").split())[:200]
+        raise RuntimeError(f"Tasks on the cluster work on a commit; commit first what is not: {what}")
     needs, before = stages.matching(globs, on_slurm)
     done = ended_elsewhere(needs)
-    if missing := stages.outdated(before):
-        tasks.dvc(root, "--wait-for-lock", "repro", *missing)
+    if stages.outdated(before):  # all of them, for what is above one of these may make others outdated
+        tasks.dvc(root, "--wait-for-lock", "repro", *before)
     entered, _, again = stages.collect(entries(done))
     if entered:
         print(f"{len(entered) - len(again)} results of earlier grids fetched from the cache.")
@@ -382,8 +384,9 @@ def ended_elsewhere(names) -> dict[str, dict]:
                 f"if the grid has ended, delete {earlier.folder}."
             )
         if {"waiting", "running"} & {row["state"] for row in rows.values()}:
-            advice = f"`status --wait {name}` follows and `cancel {name}` stops it"
-            raise RuntimeError(f"Grid {name} still runs them; {advice}.")
+            say = "python -m compendium grid"
+            advice = f"`{say} status --wait {name}` follows it, `{say} cancel {name}` stops it"
+            raise RuntimeError(f"Grid {name} still runs some of these stages; {advice}.")
         if earlier.executor == "slurm":
             done |= {stage: row for stage, row in rows.items() if row["state"] == "done"}
     return done

@@ -143,8 +143,9 @@ def load(name: str) -> dict:
         raise ValueError(f"{name}: '{missing[0]}' is missing; it gives: {', '.join(raw) or 'nothing'}.")
     for split in ("train", "test"):
         images, labels = raw[f"{split}_images"], raw[f"{split}_labels"]
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] > 4:
-            raise ValueError(f"{name}: {split}_images must be uint8 (N, H, W, C), got {images.dtype} {images.shape}.")
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+            got = f"{images.dtype} {images.shape}"
+            raise ValueError(f"{name}: {split}_images must be uint8 (N, H, W, 1 or 3), got {got}.")
         if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
             raise ValueError(
                 f"{name}: {split}_labels must be int64 ({len(images)},), got {labels.dtype} {labels.shape}."

@@ -89,7 +89,7 @@ def fill(artifacts: Path, folder: Path) -> None:
     filled = {}
     for path in _notebooks(folder):
         notebook = normalise(nbformat.read(path, 4), keep_outputs=False)
-        places = (f"*/notebooks/{path.name}", f"*/notebooks/{path.stem}/*.ipynb")
+        places = (f"*/notebooks/{path.name}", f"*/notebooks/{path.stem}/[!.]*.ipynb")  # none of a stopped stage
         for place in sorted(place for glob in places for place in Path(artifacts).glob(glob)):
             executed = nbformat.read(place, 4)
             if _parameters(executed) == _parameters(notebook):
@@ -131,9 +131,10 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
     Where ``study`` is not the notebook's own, the first cell says of which study its text is.
 
     Raises ValueError for parameters that the notebook's parameters cell does not define, and RuntimeError, in
-    one sentence, if a cell fails, when the failed notebook is kept under artifacts/failed, or if the last cell did not
-    run. ``out`` is then left as it was.
+    one sentence, if a cell fails, when the failed notebook is kept under artifacts/failed, if the kernel is killed, or
+    if the last cell did not run. ``out`` is then left as it was.
     """
+    import nbclient
     import papermill
 
     if not Path(notebook).is_file():
@@ -183,6 +184,9 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
                 about = f"Tables and figures are of `{study}`; what is written about them is of `{written}`."
                 executed.cells[0].source += f"\n\n{about}"
             nbformat.write(normalise(executed, keep_outputs=True), part)
+        except nbclient.exceptions.DeadKernelError as death:
+            name = Path(notebook).name
+            raise RuntimeError(f"{name}: its kernel was killed, most often for lack of memory.") from death
         except papermill.exceptions.PapermillExecutionError as failure:
             artifacts, place = paths.root() / "artifacts", Path(out).resolve()
             inside = place.relative_to(artifacts) if place.is_relative_to(artifacts) else Path(place.name)

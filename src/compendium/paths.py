@@ -101,17 +101,17 @@ def _is_artifact(path: Path) -> bool:
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """All arrays of an .npz file; ValueError, naming the file, if it is truncated or damaged."""
-    try:
-        with open(existing(path), "rb") as opened:
+    with open(existing(path), "rb") as opened:
+        try:
             if not zipfile.is_zipfile(opened):
                 raise ValueError("no such archive as np.savez writes")
             opened.seek(0)
             with np.load(opened) as file:
                 return {name: file[name] for name in file.files}
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as problem:
-        ours = "delete it and run `dvc checkout` or `dvc repro`"
-        advice = ours if _is_artifact(path) else "make or copy it anew"
-        raise ValueError(f"{path} is truncated or damaged ({problem}); {advice}.") from problem
+        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, RuntimeError, OSError) as problem:
+            ours = "delete it and run `dvc checkout` or `dvc repro`"
+            advice = ours if _is_artifact(path) else "make or copy it anew"
+            raise ValueError(f"{path} is truncated or damaged ({problem}); {advice}.") from problem
 
 
 def write_npz(path: Path, compression: int = zipfile.ZIP_STORED, **arrays) -> None:
@@ -122,14 +122,6 @@ def write_npz(path: Path, compression: int = zipfile.ZIP_STORED, **arrays) -> No
             content = io.BytesIO()
             np.lib.format.write_array(content, np.asanyarray(array), allow_pickle=False)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getbuffer(), compression)
-
-
-def same_arrays(one: Path, other: Path) -> bool:
-    """Whether two .npz files hold the same arrays, compressed or not."""
-    ours, theirs = read_npz(one), read_npz(other)
-    return ours.keys() == theirs.keys() and all(
-        ours[name].dtype == theirs[name].dtype and np.array_equal(ours[name], theirs[name]) for name in ours
-    )
 
 
 def unpack(archive: tarfile.TarFile, folder: Path) -> None:

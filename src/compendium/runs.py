@@ -8,8 +8,6 @@ import pandas as pd
 from compendium import paths, settings
 from focalcal.metrics import check
 
-SPLITS = ("val", "test")
-
 
 def finished(study: str) -> list[tuple[str, int]]:
     """The (loss, seed) that chapter 3 scales: those that params.yaml names if the study is trained here, else all there
@@ -105,7 +103,7 @@ def read_logits(path: Path) -> dict[str, tuple]:
     file = paths.read_npz(path)
     try:
         masked = tuple(file["masked"].tolist()) if "masked" in file else ()
-        return {split: (*check(file[f"{split}_logits"], file[f"{split}_labels"]), masked) for split in SPLITS}
+        return {split: (*check(file[f"{split}_logits"], file[f"{split}_labels"]), masked) for split in ("val", "test")}
     except KeyError as problem:
         raise ValueError(f"{path} lacks the array {problem}.") from problem
     except ValueError as problem:

@@ -19,8 +19,7 @@ from compendium.settings import Data
 LENGTH = 1000  # last tokens of a document that count
 VOCABULARY = 20_000  # word numbers below it are kept
 SEPARATORS = str.maketrans(dict.fromkeys('!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~\t\n', " "))  # those of Keras; no apostrophe
-BRACKETS = {"-lrb-": "(", "-rrb-": ")", "-lcb-": "{", "-rcb-": "}", "-lsb-": "[", "-rsb-": "]"}
-QUOTES = {"``": '"', "''": '"'}
+ESCAPES = {"-lrb-": "(", "-rrb-": ")", "-lcb-": "{", "-rcb-": "}", "-lsb-": "[", "-rsb-": "]", "``": '"', "''": '"'}
 VECTORS = {"glove.6B.100d": "glove.6B.100d.txt", "cut-out": "glove.6B.100d.part.txt"}  # files in data/glove
 DIMENSIONS = 100
 
@@ -28,8 +27,8 @@ DIMENSIONS = 100
 def newsgroup_files() -> list[Path]:
     """The documents in data/20newsgroups: groups in the order of their names, numbers in that of their digits."""
     folder = paths.root() / "data" / "20newsgroups"
-    groups = sorted(path for path in folder.glob("*") if path.is_dir())
-    files = [file for group in groups for file in sorted(group.iterdir(), key=lambda f: f.name) if file.name.isdigit()]
+    files = sorted(file for file in folder.glob("*/*") if file.name.isdigit())
+    groups = {file.parent for file in files}
     if len(files) != fetch.DOCUMENTS or len(groups) != 20:
         raise FileNotFoundError(
             f"{folder} holds {len(files)} documents in {len(groups)} groups instead of {fetch.DOCUMENTS:,} in 20; "
@@ -191,7 +190,7 @@ def trees(text: str, where: str) -> list[dict[str, list]]:
 def plain(word: str) -> str:
     """A token of the Penn treebank as GloVe writes it: in lower case, without escapes."""
     word = word.lower().replace("\\/", "/").replace("\\*", "*")
-    return (BRACKETS | QUOTES).get(word, word)
+    return ESCAPES.get(word, word)
 
 
 def sst(config: Data) -> dict[str, np.ndarray]:

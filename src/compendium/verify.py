@@ -35,18 +35,6 @@ def measured(folder: Path) -> dict[str, float]:
     return found | {f"temperature, {scaling}": t for scaling, t in chosen.items() if scaling != "none"}
 
 
-def deviations(study: str, loss: str) -> pd.Series:
-    """Standard deviation over the published seeds of a loss, for each of ``measured``; NaN with a single seed."""
-    folders = sorted((paths.root() / "published" / study / "runs" / loss).glob("*"))
-    return pd.DataFrame([measured(folder) for folder in folders]).std()
-
-
-def arrays(study: str) -> dict[str, np.ndarray]:
-    """The study's prepared data, made in memory where the file is not there."""
-    there = paths.prepared(study).is_file()
-    return trainings.read_prepared(study) if there else prepare.prepare(settings.data(study))
-
-
 def verify(study: str, loss: str, seed: int) -> int:
     """Train a published run again, with the settings and threads of its provenance; print how it compares.
 
@@ -73,7 +61,10 @@ def verify(study: str, loss: str, seed: int) -> int:
     except TypeError as problem:
         raise ValueError(f"{record} was written by other code and cannot be repeated by this: {problem}.") from None
     job, on = trainings.Job(study, loss, seed, config, said["loss_settings"]), devices.device()
-    prepared, theirs, sd = arrays(study), measured(run), deviations(study, loss)
+    there = paths.prepared(study).is_file()  # else made in memory
+    prepared = trainings.read_prepared(study) if there else prepare.prepare(settings.data(study))
+    theirs = measured(run)
+    sd = pd.DataFrame([measured(folder) for folder in sorted(run.parent.glob("*"))]).std()  # NaN with a single seed
     with tempfile.TemporaryDirectory() as scratch, chdir(scratch):
         Path("dvc.yaml").touch()  # a compendium of its own, to train in
         os.environ.pop("FOCALCAL_SCRATCH", None)  # checkpoints of other trainings are there
