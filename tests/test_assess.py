@@ -75,6 +75,10 @@ def test_studies_are_kept_apart(compendium):
         assess.assess("mine", [Path("one.npz"), Path("two.npz")])
     with pytest.raises(ValueError, match="'fashion' is a study of params.yaml"):
         assess.assess("fashion", [Path("one.npz")])
+    with pytest.raises(ValueError, match="A study's name consists of letters"):
+        assess.assess("../mine", [Path("one.npz")])
+    with pytest.raises(ValueError, match="Two files have the same name"):
+        assess.assess("mine", [Path("one.npz"), Path("./one.npz")])
     paths.write_npz(Path("artifacts/mine/one.npz"), **arrays())
     with pytest.raises(ValueError, match="lies in the folder that `compendium assess mine` makes anew; move it"):
         assess.assess("mine", [Path("artifacts/mine/one.npz")])

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def two_seconds(monkeypatch):
     """Everything is done once and took two seconds."""
-    monkeypatch.setattr(bench, "median_seconds", lambda work, repetitions, on: 2.0 if work() is None else 2.0)
+    monkeypatch.setattr(bench, "median_seconds", lambda work, *_: (work(), 2.0)[1])
 
 
 def logits(n=600, classes=5):
@@ -70,8 +70,8 @@ def test_the_stock_loop_trains():
     data = bench.Pictures(pictures, (labels == 1).astype(int), transforms.ToTensor())
     image, label = data[3]
     assert image.shape == (1, 8, 8) and image.max() <= 1 and label in (0, 1) and len(data) == 40
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
     torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
     epoch = bench.stock_epoch(model, DataLoader(data, 20, shuffle=True), protocol(reduction="sum"), CPU)
     first, *_, last = [epoch() for _ in range(10)]
     assert last < first
@@ -135,7 +135,7 @@ def test_on_a_gpu_the_table_has_the_roofline_too(tmp_path, monkeypatch):
     assert (rows["matrix product"]["value"], rows["copy"]["value"]) == (1000, 1)
 
 
-def test_an_unknown_network_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+def test_an_unknown_network_is_refused_before_anything_is_measured(monkeypatch):
     monkeypatch.setattr(devices, "device", lambda: CPU)
     monkeypatch.setattr(bench, "training_rows", lambda *_: pytest.fail("measured"))
     with pytest.raises(SystemExit, match="focalcal: Unknown network 'resnet9000'; choose one of: small_resnet"):

@@ -47,6 +47,7 @@ def test_ece_temperature_against_the_plain_grid(masked):
     scores = [metrics.ece(logits / t, labels, masked) for t in np.arange(1, 101) / 10]
     assert calibrate.temperature_by_ece(logits, labels, masked) == pytest.approx((1 + np.argmin(scores)) / 10)
     assert calibrate.temperature_by_ece(logits, labels, (3,)) != calibrate.temperature_by_ece(logits, labels)
+    assert calibrate.temperatures(logits, labels, masked)["ece"] == calibrate.temperature_by_ece(logits, labels, masked)
 
 
 def test_ece_temperature_takes_the_first_of_equals():

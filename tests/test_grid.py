@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -57,7 +58,6 @@ def bare(tmp_path, monkeypatch):
     (folder / "published").mkdir()
     subprocess.run(["git", "init", "-q", folder], check=True)
     monkeypatch.chdir(folder)
-    monkeypatch.delenv("FOCALCAL_SCRATCH", raising=False)
     Repo.init(str(folder)).close()
     return folder
 
@@ -108,6 +108,7 @@ def test_one_stage_fails_the_others_finish_and_dvc_has_nothing_left_to_run(copy)
 
 @pytest.mark.whole
 def test_what_a_grid_depends_on_runs_first_however_far_above(copy):
+    call(copy, *GRID, "run", "train@*cross_entropy*")
     notebook = copy / "notebooks/01_prepare.ipynb"
     notebook.write_text(notebook.read_text().replace('"config = ', '"anew = config = ', 1))
     output = call(copy, *GRID, "run", "train@*cross_entropy*")  # strip first, and only then is prepare outdated
@@ -312,8 +313,34 @@ def test_what_slurm_says_of_a_task_and_what_its_result_says(bare, monkeypatch):
     assert rows["train@a"] == ("waiting", "Resources") and rows["train@b"] == ("running", "")
     assert rows["train@c"] == ("failed", "killed (Slurm: OUT_OF_MEMORY)")
     assert rows["train@d"] == ("done", "computed") and rows["train@e"] == ("stopped", "")
+    with pytest.raises(RuntimeError, match="Grid asked still runs some of these stages"):
+        grid.ended_elsewhere(names)
     (commands / "squeue").write_text("#!/bin/sh\nexit 1\n")
     assert begun.rows()["train@a"]["state"] == "running", "squeue is silent"
+    with pytest.raises(RuntimeError, match="Slurm does not answer, so whether grid asked still runs them"):
+        grid.ended_elsewhere(names)
+
+
+def test_the_time_that_is_left_by_hand():
+    """10 and 20 s were computed; four at work are half done, six wait: 15 x (2 + 6) / 4."""
+    rows = {s: {"note": "computed", "result": {"seconds": s}} for s in (10, 20)}
+    rows[1] = {"note": "from the cache", "result": {"seconds": 1}}
+    assert grid.time_left(rows, 4, 6) == ", about 0:00:30 left" and grid.time_left(rows, 0, 6) == ""
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_checkpoints_are_removed_from_scratch_only(tmp_path, monkeypatch, handlers_kept, inside):
+    scratch = tmp_path / "scratch"
+    kept = (scratch if inside else tmp_path) / "tiny/focal3-0"
+    kept.mkdir(parents=True)
+
+    def dvc(*_, FOCALCAL_KEEP_CHECKPOINTS, **__):
+        Path(FOCALCAL_KEEP_CHECKPOINTS).write_text(str(kept))
+        return "computed"
+
+    monkeypatch.setattr(tasks, "dvc", dvc)
+    assert tasks.Task(tmp_path, {"FOCALCAL_SCRATCH": str(scratch)})("train@x")["how"] == "computed"
+    assert kept.exists() != inside and not list((scratch / "grid/stages").glob("*.checkpoints"))
 
 
 @pytest.mark.whole

@@ -133,6 +133,8 @@ def test_auroc_by_hand():
     familiar, strange = (np.log([[p, 1 - p] for p in ps]) for ps in ((0.9, 0.6), (0.7, 0.5)))
     assert metrics.auroc(familiar, strange) == metrics.auroc(familiar, strange, "confidence") == 3 / 4
     assert metrics.auroc(familiar, familiar) == 1 / 2
+    one, other = np.log([[0.6, 0.2, 0.2]]), np.log([[0.55, 0.45 - 1e-9, 1e-9]])  # less entropy, and less confidence
+    assert (metrics.auroc(one, other), metrics.auroc(one, other, "confidence")) == (0, 1)
     with pytest.raises(ValueError, match="score must be entropy or confidence, got 'confidnce'"):
         metrics.auroc(familiar, strange, "confidnce")
 

@@ -51,6 +51,20 @@ def test_initial_weights_depend_on_the_seed_alone():
     assert not torch.equal(first["0.weight"], other["0.weight"])
 
 
+@pytest.mark.parametrize(
+    ("name", "where", "variance"),
+    [
+        ("resnet50", "layer1.0.conv2", 1 / 3 / 576),  # PyTorch's own: uniform within 1 / sqrt(inputs)
+        ("densenet121", "features.denseblock1.denselayer1.conv2", 1 / 3 / 1152),
+        ("resnet50_tiny_imagenet", "layer1.0.conv2", 2 / 576),  # He et al. 2015
+        ("wide_resnet26_10", "3.conv2", 2 / 1440),
+    ],
+)
+def test_convolutions_start_as_published(name, where, variance):
+    weight = networks.make(name, 10, 3, 0).get_submodule(where).weight
+    assert weight.std().item() == pytest.approx(variance**0.5, rel=0.03)
+
+
 def test_unknown_networks_and_seeds_are_refused():
     with pytest.raises(ValueError, match="Unknown network 'resnet9000'; choose one of: small_resnet, resnet20"):
         networks.make("resnet9000", 10, 3, 0)
@@ -60,6 +74,7 @@ def test_unknown_networks_and_seeds_are_refused():
 
 
 def test_the_head_keeps_its_precision_under_autocast():
+    torch.manual_seed(0)
     head, features = networks.Head(8, 3), torch.randn(4, 8)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.nn.functional.linear(features, head.weight).dtype == torch.bfloat16

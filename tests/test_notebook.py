@@ -75,6 +75,7 @@ def test_outputs_hold_nothing_that_changes_from_run_to_run(folder):
         (["1 / 0"], [], "ZeroDivisionError: division by zero"),
         (["x"], ["-p", "x", "-3"], "Parameter 'x' of a.ipynb must be a whole number, 0 or larger, got '-3'"),
         (["import sys; sys.exit(0)", "x"], [], "a.ipynb stopped before its last cell."),
+        (["import os; os.kill(os.getpid(), 9)", "x"], [], "a.ipynb: its kernel was killed"),
     ],
 )
 def test_failures_are_one_sentence_and_leave_the_old_result(folder, sources, arguments, words):

@@ -14,7 +14,6 @@ from compendium import paths
 def folder(tmp_path, monkeypatch):
     (tmp_path / "dvc.yaml").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("FOCALCAL_SCRATCH", raising=False)
     return tmp_path
 
 
@@ -30,12 +29,6 @@ def test_places(folder, monkeypatch):
     assert (folder / "scratch/figures/tiny/08_results").is_dir()
     monkeypatch.setenv("FOCALCAL_SCRATCH", "/elsewhere")
     assert str(paths.scratch()) == "/elsewhere"
-
-
-def test_outside_the_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="No dvc.yaml in .*; run this inside the focalcal folder"):
-        paths.root()
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
@@ -127,8 +120,7 @@ def test_equal_figures_and_tables_give_equal_bytes(tmp_path):
     assert (tmp_path / "one" / "table.csv").read_text() == "ece\n0.25\n"
 
 
-@pytest.mark.parametrize("outside", ["../evil", "/evil"])
-def test_an_archives_files_are_unpacked_and_nothing_else(tmp_path, outside):
+def test_an_archives_files_are_unpacked_and_nothing_else(tmp_path):
     def packed(*names):
         content = io.BytesIO()
         with tarfile.open(fileobj=content, mode="w") as archive:
@@ -145,6 +137,7 @@ def test_an_archives_files_are_unpacked_and_nothing_else(tmp_path, outside):
         "inside/deep/er/file"
     ]
     assert (tmp_path / "inside/deep/er/file").read_text() == "seen\n"
-    with pytest.raises(tarfile.TarError, match=f"{outside} would lie outside"):
-        paths.unpack(packed(outside), tmp_path / "inside")
-    assert not (tmp_path / "evil").exists()
+    for outside in ("../evil", f"{tmp_path}/evil"):
+        with pytest.raises(tarfile.TarError, match="evil would lie outside"):
+            paths.unpack(packed(outside), tmp_path / "inside")
+        assert not (tmp_path / "evil").exists()

@@ -68,6 +68,22 @@ def test_focal_temperature_undoes_the_focal_loss():
     assert np.exp(fixed[:, 0]) == pytest.approx(p)
 
 
+def test_focal_temperature_finds_the_gamma():
+    rng = np.random.default_rng(0)
+    z = 1.5 * rng.normal(size=(4000, 4))
+    true = np.exp(posthoc._focal_map(metrics.log_softmax(z), 3.0))
+    labels = (true.cumsum(axis=1) > rng.random((4000, 1))).argmax(axis=1)
+    off = {m: np.abs(np.exp(posthoc.fit(m, z, labels)(z)) - true).mean() for m in posthoc.METHODS if "temp" in m}
+    assert off["focal_temperature"] < 0.005 < 0.01 < off["temperature_nll"]
+
+
+def test_a_masked_class_is_masked_in_the_choice_of_t():
+    logits = np.random.default_rng(1).normal(size=(700, 4)) * 3
+    labels = np.random.default_rng(2).integers(0, 3, 700)
+    wanted = metrics.log_softmax(logits / calibrate.temperature_by_ece(logits, labels, (3,)))
+    assert posthoc.fit("temperature_ece", logits, labels, (3,))(logits) == pytest.approx(wanted)
+
+
 def test_isotonic_and_histogram_by_hand():
     logits = np.log([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
     labels = np.array([0, 1, 0, 1])

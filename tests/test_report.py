@@ -1,25 +1,16 @@
 """The static site: built from a clone's committed artifacts, and used in a real browser where there is one."""
 
-import importlib
-import inspect
+import ast
 import json
-import os
-import pkgutil
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from urllib.parse import unquote
 
 import pandas as pd
 import pytest
 import yaml
+from tiny import COMPENDIUM, REPOSITORY, call
 
-import focalcal
-
-REPOSITORY = Path(__file__).parents[1]
-DEADLINE = 600  # seconds, of a command
 PATIENCE = 60_000  # milliseconds, of a page on a busy machine
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -43,17 +34,9 @@ def site(tmp_path_factory):
     """The report of the committed results, built in a clone: its folder."""
     folder = tmp_path_factory.mktemp("report")
     clone, site = folder / "clone", folder / "site"
-    environment = os.environ | {"PYTHONPATH": str(clone / "src")}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    for command in (
-        ["git", "clone", "-q", REPOSITORY, clone],
-        ["dvc", "pull", "-q", "--allow-missing"],
-        [sys.executable, "-m", "compendium", "report", site],
-    ):
-        where = clone if clone.exists() else folder
-        done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, timeout=DEADLINE)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "WARNING" not in done.stderr, done.stderr
+    call(folder, "git", "clone", "-q", REPOSITORY, clone)
+    for command in (("dvc", "pull", "-q", "--allow-missing"), (*COMPENDIUM, "report", site)):
+        assert "WARNING" not in (said := call(clone, *command)), said
     return site
 
 
@@ -72,10 +55,8 @@ def drawn_ece(site, loss):
 
 def test_a_folder_that_holds_something_else_is_kept(site, tmp_path):
     (tmp_path / "notes").touch()
-    words = [sys.executable, "-m", "compendium", "report", tmp_path]
-    clone = site.with_name("clone")
-    done = subprocess.run(words, cwd=clone, env=os.environ | {"PYTHONPATH": str(clone / "src")}, capture_output=True)
-    assert done.returncode == 1 and b"holds no report; name another folder" in done.stderr
+    said = call(site.with_name("clone"), *COMPENDIUM, "report", tmp_path, fails=True)
+    assert "holds no report; name another folder" in said
     assert (tmp_path / "notes").exists()
 
 
@@ -115,11 +96,10 @@ def test_the_opening_page_is_small_and_leads_with_the_headline_study(site):
 def test_the_reference_holds_every_public_function(site):
     html = (site / "reference.html").read_text()
     text = " ".join(re.sub(r"<[^>]+>", "", html).split())
-    for module in pkgutil.iter_modules(focalcal.__path__):
-        inside = vars(importlib.import_module(f"focalcal.{module.name}"))
-        for name, thing in inside.items():
-            if (inspect.isfunction(thing) or inspect.isclass(thing)) and thing.__module__ == f"focalcal.{module.name}":
-                assert name.startswith("_") or f'id="focalcal.{module.name}.{name}"' in html, name
+    for path in (site.with_name("clone") / "src/focalcal").glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_":
+                assert f'id="focalcal.{path.stem}.{node.name}"' in html, node.name
     assert "-(1 - p + p_j)^gamma log p [T, eq. 6]." in text and "|mean probability - share of labels| [H]" in text
     assert "``" not in text and "Alias for field" not in text
 
@@ -271,10 +251,8 @@ def test_after_make_results_it_is_built_of_what_is_there(site):
     for folder in (clone / "artifacts").iterdir():
         if folder.name not in ("fashion", HEADLINE, "stripped"):
             shutil.rmtree(folder)
-    words, less = [sys.executable, "-m", "compendium", "report"], site.with_name("less")
-    environment = os.environ | {"PYTHONPATH": str(clone / "src")}
-    done = subprocess.run([*words, less], cwd=clone, env=environment, capture_output=True, text=True, timeout=DEADLINE)
-    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    less = site.with_name("less")
+    assert "WARNING" not in (said := call(clone, *COMPENDIUM, "report", less)), said
     pages = {path.name for path in less.glob("*.html")}
     assert "fashion-08_results.html" in pages and not any(page.startswith(("sst", "papers")) for page in pages)
     assert ".ipynb" not in re.sub(r"(?s)<script.*?</script>", "", (less / "index.html").read_text())

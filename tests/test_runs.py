@@ -114,9 +114,6 @@ def test_logits_are_checked(study):
     np.savez(path, val_logits=LOGITS)
     with pytest.raises(ValueError, match="logits.npz lacks the array 'val_labels'"):
         runs.logits("tiny", "focal1", 0)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="logits.npz is truncated or damaged"):
-        runs.logits("tiny", "focal1", 0)
 
 
 def test_a_masked_class_stays_with_the_logits(study):

@@ -28,7 +28,6 @@ TREES = {
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("FOCALCAL_DATA", raising=False)
     write_parameters(tmp_path, parameters())
     return tmp_path
 
@@ -209,6 +208,18 @@ def test_texts_are_fetched_from_a_folder_or_its_archive(folder, monkeypatch, cap
     with pytest.raises(SystemExit, match="20news-19997.tar.gz is damaged"):
         main(["data", "20newsgroups"])
 
+
+def test_every_document_has_a_digest():
+    assert Path(texts.__file__).with_name("20newsgroups.crc32").stat().st_size == 4 * fetch.DOCUMENTS
+
+
+def test_sst_is_fetched_from_an_archive_or_its_publisher(folder, monkeypatch, capsys):
+    given = folder / "given"
+    given.mkdir()
+    monkeypatch.setenv("FOCALCAL_DATA", str(given))
+    monkeypatch.setattr(
+        fetch, "TEXT_SOURCES", {"folder of FOCALCAL_DATA": fetch.TEXT_SOURCES["folder of FOCALCAL_DATA"]}
+    )
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for name, text in TREES.items():

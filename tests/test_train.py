@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import GAMMAS, new_run, protocol, squares
+from helpers import make_loss, new_run, protocol, squares
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from torch import nn
@@ -110,21 +110,27 @@ def test_a_row_of_history_against_other_implementations(images):
         assert np.array_equal(run.predictions[name][1], labels[name])
 
 
-def test_adafocal_logs_gammas_and_how_many_samples_each_bin_held(images):
-    rows = trained(images, "adafocal").history
-    assert len({row["gamma_bin14"] for row in rows}) > 1
-    for row in rows:
-        edges = [row[f"edge_bin{i:02d}"] for i in range(15)]
-        assert edges == sorted(edges) and edges[-1] <= 1
-        assert sum(row[f"samples_bin{i:02d}"] for i in range(15)) == 150
-    assert len({tuple(row[f"samples_bin{i:02d}"] for i in range(15)) for row in rows}) == 3
-
-
-def test_adafocals_bins_are_those_of_the_validation_set(images):
+def test_adafocal_logs_gammas_edges_and_how_many_samples_each_bin_held(images):
     run = trained(images, "adafocal")
+    assert len({row["gamma_bin14"] for row in run.history}) > 1
+    held = [tuple(row[f"samples_bin{i:02d}"] for i in range(15)) for row in run.history]
+    assert [sum(bins) for bins in held] == [150] * 3 and len(set(held)) == 3
     confidence, _ = metrics.confidence_correct(*run.predictions["val"])
     edges = [run.history[-1][f"edge_bin{i:02d}"] for i in range(14)]
     assert edges == pytest.approx(metrics.equal_mass_edges(confidence, 15)[1:-1], abs=1e-6)
+
+
+def test_the_first_epoch_of_the_least_validation_error_is_kept(images, monkeypatch):
+    """Of four samples 2, 1, 1 and 2 are wrong: the second epoch's weights come back."""
+    run, said, wrong = new_run("cross_entropy", protocol(epochs=4, select="best")), np.array([0, 1, 2, 0]), 0
+    bias = networks.head(run.model).bias
+    monkeypatch.setattr(train, "scored", lambda *_: (np.eye(3)[said], (said + (np.arange(4) < wrong)) % 3, ()))
+    for epoch, wrong in enumerate((2, 1, 1, 2), start=1):  # noqa: B007
+        with torch.no_grad():
+            bias.fill_(epoch)
+        run.finish_epoch(epoch, images)
+    run.finish()
+    assert run.selected == 2 and bias.tolist() == [2, 2, 2] and run.predictions == {}
 
 
 def test_scheduled_gammas_are_logged(images):
@@ -331,6 +337,7 @@ def test_noise_has_the_published_standard_deviation():
     for severity, deviation in enumerate((0.04, 0.06, 0.08, 0.09, 0.10), start=1):
         noisy = feed.gaussian_noise(grey, severity)
         assert noisy.std() / 255 == pytest.approx(deviation, rel=0.02)
+        assert noisy.mean() == pytest.approx(127.5, abs=0.25), "cut to whole numbers, not rounded"
         assert np.array_equal(noisy, feed.gaussian_noise(grey, severity))
     assert feed.gaussian_noise(np.full((9, 9, 9, 1), 255, np.uint8), 5).max() == 255
     for severity in (0, 6):
@@ -371,8 +378,7 @@ def test_exact_mode_repeats_bit_for_bit_on_a_gpu(images):
     data = {name: feed.Images(*slice_of(split, len(split), on)) for name, split in images.items()}
 
     def rows():
-        loss = losses.make("focal", gamma=GAMMAS["focal"])
-        run = train.Run(networks.make("resnet20", 3, 1, 0).to(on), loss, protocol(mode="exact"))
+        run = train.Run(networks.make("resnet20", 3, 1, 0).to(on), make_loss("focal"), protocol(mode="exact"))
         return list(train.train(run, data, 0))
 
     assert repr(rows()) == repr(rows())

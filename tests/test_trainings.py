@@ -24,7 +24,7 @@ def prepared(tmp_path, monkeypatch):
     """The prepared images of the study 'tiny', in whose folder this then works."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FOCALCAL_DEVICE", "cpu")
-    monkeypatch.delenv("FOCALCAL_SCRATCH", raising=False)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     values = parameters()
     values["studies"]["tiny"]["training"]["threads"] = 1
     write_parameters(tmp_path, values)
@@ -116,6 +116,12 @@ def test_a_rate_for_word_vectors_needs_some(prepared):
         trainings.new_run(job, prepared, CPU)
 
 
+def test_a_word_without_a_vector_is_named(prepared):
+    arrays = {"embedding": np.zeros((3, 5), np.float32), "test_tokens": np.array([[0, 3]])}
+    with pytest.raises(ValueError, match="A word of study 'tiny' has number 3, but there are 3 word vectors"):
+        trainings.new_run(trainings.job("tiny", "focal1", 0), arrays, CPU)
+
+
 def test_the_cpus_name(monkeypatch):
     text = "processor\t: 0\nmodel name\t: Fast: 3 GHz\nprocessor\t: 1\nmodel name\t: Fast: 3 GHz\n"
     monkeypatch.setattr(trainings.Path, "read_text", lambda _: text)
@@ -126,11 +132,12 @@ def test_the_cpus_name(monkeypatch):
 
 
 def test_the_same_results_again_keep_their_provenance(prepared):
-    job, logits = trainings.job("tiny", "focal1", 0), {s: (np.eye(3), np.arange(3), ()) for s in ("val", "test")}
+    job, logits = trainings.job("tiny", "focal1", 0), {s: (np.eye(3), np.arange(3), (2,)) for s in ("val", "test")}
     run = trainings.new_run(job, prepared, CPU)
     run.history, run.gradients = [{"epoch": 1, "test_nll": 1.0}], {1: np.ones(10, np.float32)}
     record = paths.study("tiny") / "provenance/focal1-0.json"
     trainings.save(job, run, logits, {"noise1": np.eye(3)}, 1.0)
+    assert runs.logits("tiny", "focal1", 0)["test"][2] == (2,)
     record.write_text("as it was")
     trainings.save(job, run, logits, {"noise1": np.eye(3)}, 9.0)
     assert record.read_text() == "as it was"

@@ -93,6 +93,9 @@ def test_what_is_not_there_is_named(here):
     record.write_text(json.dumps({"commit": "abc"}))
     with pytest.raises(SystemExit, match="does not say with which settings it was trained"):
         main(["verify", "tiny", "focal1", "0"])
+    record.write_text(json.dumps({"settings": {"rate": 1}, "threads": 1}))
+    with pytest.raises(SystemExit, match="was written by other code and cannot be repeated by this"):
+        main(["verify", "tiny", "focal1", "0"])
     shutil.rmtree(here / "published/tiny")
     with pytest.raises(SystemExit, match="provenance/focal1-0.json is not here; `dvc pull published/tiny.dvc` fetches"):
         main(["verify", "tiny", "focal1", "0"])

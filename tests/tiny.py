@@ -77,12 +77,15 @@ def changed(folder: Path, values: dict):
 
 
 def repository(folder: Path, losses: list[str], **wanted) -> Path:
-    """The tracked files in a new git repository with a commit; its active study is scikit-learn's digits.
+    """All files but ignored ones in a new git repository with a commit; its active study is scikit-learn's digits.
 
     wanted: as for ``real_parameters``.
     """
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=REPOSITORY, capture_output=True
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        check=True,
     ).stdout.decode()
     for name in filter(None, listed.split("\0")):
         if (REPOSITORY / name).is_file() and not name.startswith((".store/", "figures/", "published/")):
