@@ -82,9 +82,8 @@ def _notebooks(folder: Path) -> list[Path]:
 def fill(artifacts: Path, folder: Path) -> None:
     """Give every notebook of ``folder`` the outputs of its executed copy under ``artifacts``.
 
-    Of several copies it is the one that ran with the notebook's own parameters. Pictures are cut down to 128 colours,
-    which takes half of their bytes or less. ValueError, and no notebook changed, if there is no such copy or if the
-    notebook has been edited since.
+    Of several copies it is the one that ran with the notebook's own parameters. ValueError, and no notebook changed, if
+    there is no such copy or if the notebook has been edited since.
     """
     filled = {}
     for path in _notebooks(folder):
@@ -99,9 +98,6 @@ def fill(artifacts: Path, folder: Path) -> None:
         cells = [cell for cell in executed.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
         if [cell.source for cell in cells] != [cell.source for cell in notebook.cells]:
             raise ValueError(f"{path} has been edited since it ran; run `dvc repro` first.")
-        for output in (output for cell in cells for output in cell.get("outputs", [])):
-            if "image/png" in output.get("data", {}):
-                output.data["image/png"] = _fewer_colours(output.data["image/png"])
         notebook.cells = cells
         filled[path] = normalise(notebook, keep_outputs=True)
     for path, notebook in filled.items():
@@ -110,7 +106,7 @@ def fill(artifacts: Path, folder: Path) -> None:
 
 
 def _fewer_colours(picture: str) -> str:
-    """A PNG, base64, with at most 128 colours."""
+    """A PNG, base64, with at most 128 colours, which takes half of the bytes or less."""
     from PIL import Image
 
     made = io.BytesIO()
@@ -183,6 +179,9 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
             if (study := parameters.get("study", written)) != written:
                 about = f"Tables and figures are of `{study}`; what is written about them is of `{written}`."
                 executed.cells[0].source += f"\n\n{about}"
+            for output in (output for cell in executed.cells for output in cell.get("outputs", [])):
+                if "image/png" in output.get("data", {}):
+                    output.data["image/png"] = _fewer_colours(output.data["image/png"])
             nbformat.write(normalise(executed, keep_outputs=True), part)
         except nbclient.exceptions.DeadKernelError as death:
             name = Path(notebook).name
