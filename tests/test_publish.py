@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
@@ -218,6 +219,18 @@ def test_a_damaged_run_is_named(compendium, name, content, words):
     with pytest.raises(ValueError, match=f"brier, seed 0{words}"):
         publish.add(compendium / "tiny.tar")
     assert not (compendium / "published").exists()
+
+
+def test_a_run_without_its_provenance_is_named(compendium):
+    publish.pack("tiny")
+    with tarfile.open("tiny.tar") as packed:
+        paths.unpack(packed, compendium / "unpacked")
+    (compendium / "unpacked/tiny/provenance/brier-0.json").unlink()
+    with tarfile.open("tiny.tar", "w") as packed:
+        for path in filter(Path.is_file, Path("unpacked").rglob("*")):
+            packed.add(path, path.relative_to("unpacked"))
+    with pytest.raises(ValueError, match="brier, seed 0, is damaged in the packed file: .*brier-0.json is missing"):
+        publish.add(compendium / "tiny.tar")
 
 
 def test_of_two_archives_the_good_one_is_published_whole(compendium, monkeypatch):

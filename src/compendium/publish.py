@@ -110,8 +110,8 @@ def _checked(run: Path) -> None:
         runs.read_logits(run / "logits.npz")
         for path in run.glob("*.npz"):
             paths.read_npz(path)
-        json.loads((run.parents[2] / "provenance" / f"{run.parent.name}-{run.name}.json").read_text())
-    except ValueError as problem:
+        json.loads(paths.existing(run.parents[2] / "provenance" / f"{run.parent.name}-{run.name}.json").read_text())
+    except (ValueError, FileNotFoundError) as problem:
         raise ValueError(f"{run.parent.name}, seed {run.name}, is damaged in the packed file: {problem}") from problem
 
 
