@@ -30,7 +30,7 @@ def make_loss(name: str):
 
 def new_run(loss: str, settings: Training, seed: int = 0) -> train.Run:
     """A training of grey images of three classes."""
-    return train.Run(networks.make(settings.network, 3, 1, seed), make_loss(loss), settings)
+    return train.Run(networks.make(settings.network, 3, 1, seed), make_loss(loss), settings, loss)
 
 
 def squares(train: int = 150, val: int = 60, test: int = 60) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import os
 import re
 import subprocess
 import sys
@@ -107,6 +108,15 @@ def test_runs_together_resume_where_all_of_them_are(images, tmp_path):
     assert [len(run.history) for run in resumed()] == [0, 0]
 
 
+def test_what_one_of_them_was_ahead_goes_with_the_first_epoch_together(images, tmp_path):
+    folders = [tmp_path / "ahead", tmp_path / "behind"]
+    ahead, *together = (new_run("focal", SETTINGS) for _ in range(3))
+    for _ in checkpoints.keep(train.train(ahead, images, 0), [ahead], folders[:1]):
+        pass
+    next(checkpoints.keep(train.train_together(together, images, 0), together, folders))
+    assert [list(checkpoints.epochs(folder)) for folder in folders] == [[1], [1]]
+
+
 def test_two_processes_on_one_run(tmp_path, monkeypatch):
     monkeypatch.setenv("FOCALCAL_SCRATCH", str(tmp_path))
     code = "from compendium import checkpoints\nwith checkpoints.claim('s', 'brier', 0, 'k'): print('in')"
@@ -120,9 +130,10 @@ def test_two_processes_on_one_run(tmp_path, monkeypatch):
         assert folder.is_dir()
 
 
-def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])  # none at all; NFS whose lock daemon is not there
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, code):
     def no_lock(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setenv("FOCALCAL_SCRATCH", str(tmp_path))
     monkeypatch.setattr(fcntl, "flock", no_lock)

@@ -200,7 +200,7 @@ def test_a_masked_class_is_never_predicted_and_keeps_its_share():
     assert confidence == pytest.approx([0.2, 0.6]) and correct.tolist() == [True, False]
     assert metrics.error(z, y, (1,)) == 0.5 and metrics.error(z, y) == 1
     assert metrics.ece(z, y, (1,)) == pytest.approx((0.8 + 0.6) / 2)
-    assert metrics.mce(z, y, (1,)) == pytest.approx(0.8)
+    assert metrics.mce(z, y, (1,)) == pytest.approx(0.8) == metrics.mce(z, y, np.array([1]))
     for plain in (metrics.nll, metrics.brier, metrics.classwise_ece):  # which ask for no prediction
         assert plain(z, y, (1,)) == plain(z, y)
     found, summary = metrics.calibration_errors(z, y, (1,)), metrics.summary(z, y, (1,))

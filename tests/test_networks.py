@@ -68,8 +68,8 @@ def test_convolutions_start_as_published(name, where, variance):
 def test_unknown_networks_and_seeds_are_refused():
     with pytest.raises(ValueError, match="Unknown network 'resnet9000'; choose one of: small_resnet, resnet20"):
         networks.make("resnet9000", 10, 3, 0)
-    for seed in (-1, 1.5):
-        with pytest.raises(ValueError, match=f"A seed must be a whole number, 0 or larger, got {seed}"):
+    for seed in (-1, 1.5, 2**32):
+        with pytest.raises(ValueError, match=rf"A seed must be a whole number from 0 to 2\*\*32 - 1, got {seed}"):
             networks.make("small_resnet", 10, 3, seed)
 
 

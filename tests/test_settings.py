@@ -64,6 +64,7 @@ def test_later_blocks_of_params_win(write):
         ),
         ("shared.protocol.momentum", None, "shared.protocol.momentum: input should be a valid number, got None"),
         ("studies.tiny.training", [3], "studies.tiny.training: input should be a valid dictionary"),
+        ("studies.tiny.data", {True: 3}, "studies.tiny.data: input should be a valid string, got True"),
         ("studies.tiny.exceptions", {"focal1": None}, "studies.tiny.exceptions: input should be a valid dictionary"),
         ("studies.tiny.training_", {}, "studies.tiny has no setting 'training_'; it has: data, training, exceptions"),
         ("studies.tiny", {"data": {}}, "'training' is missing in params.yaml; looked in studies.tiny"),
@@ -85,7 +86,7 @@ def test_bad_settings_are_named(write, path, value, words):
 def test_what_is_active_is_checked(write):
     for given, words in (
         ({"seed": [3]}, "active in params.yaml has no 'seed'; it has: analysed, comparisons, "),
-        ({"seeds": 3}, "active.seeds in params.yaml must be a list, got 3"),
+        ({"seeds": 0}, "active.seeds in params.yaml must be a list, got 0"),
         ({"losses": [["focal1"]]}, r"active.losses in params.yaml must be a list of single names or numbers, got \[\["),
     ):
         write({"active": given})

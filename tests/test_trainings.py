@@ -90,7 +90,7 @@ def test_provenance_says_where_and_with_what(prepared, monkeypatch):
     assert record["commit"] is None and record["wall_seconds"] > 0 and record["peak_memory_mb"] > 10
 
 
-def test_provenance_says_whether_the_code_is_that_of_the_commit(prepared):
+def test_provenance_says_whether_the_code_is_that_of_the_commit(prepared, monkeypatch):
     who = ["-c", "user.name=A", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
     for command in (["init", "-q"], ["add", "params.yaml"], [*who, "commit", "-qm", "First"]):
         subprocess.run(["git", *command], check=True)
@@ -98,6 +98,8 @@ def test_provenance_says_whether_the_code_is_that_of_the_commit(prepared):
     assert trainings.provenance(CPU)["commit"] == commit
     Path("params.yaml").write_text(Path("params.yaml").read_text() + "# changed")
     assert trainings.provenance(CPU)["commit"] == f"{commit}, with changes"
+    monkeypatch.setenv("PATH", "")
+    assert trainings.provenance(CPU)["commit"] is None  # there is no git
 
 
 def test_data_of_other_settings_are_refused(prepared):
@@ -131,19 +133,24 @@ def test_the_cpus_name(monkeypatch):
     assert trainings.cpu_model() == "arm"
 
 
-def test_the_same_results_again_keep_their_provenance(prepared):
+def test_the_same_results_with_the_same_settings_keep_their_provenance(prepared):
     job, logits = trainings.job("tiny", "focal1", 0), {s: (np.eye(3), np.arange(3), (2,)) for s in ("val", "test")}
     run = trainings.new_run(job, prepared, CPU)
     run.history, run.gradients = [{"epoch": 1, "test_nll": 1.0}], {1: np.ones(10, np.float32)}
     record = paths.study("tiny") / "provenance/focal1-0.json"
     trainings.save(job, run, logits, {"noise1": np.eye(3)}, 1.0)
     assert runs.logits("tiny", "focal1", 0)["test"][2] == (2,)
-    record.write_text("as it was")
-    trainings.save(job, run, logits, {"noise1": np.eye(3)}, 9.0)
-    assert record.read_text() == "as it was"
+
+    def again(job, seconds):
+        trainings.save(job, run, logits, {"noise1": np.eye(3)}, seconds)
+        return json.loads(record.read_text())["wall_seconds"]
+
+    assert again(job, 2.0) == 1.0
     run.history[0]["test_nll"] = 3.0
-    trainings.save(job, run, logits, {"noise1": np.eye(3)}, 9.0)
-    assert json.loads(record.read_text())["wall_seconds"] == 9.0
+    assert again(job, 3.0) == 3.0
+    assert again(job._replace(settings=dataclasses.replace(job.settings, clip=5)), 4.0) == 4.0
+    record.write_text("{damaged")
+    assert again(job, 5.0) == 5.0
 
 
 def test_the_last_predictions_are_not_made_twice(prepared, monkeypatch):

@@ -48,7 +48,7 @@ def claim(study: str, loss: str, seed: int, key: str):
             f"{folder.name}.lock in {folder.parent})."
         ) from None
     except OSError as problem:
-        if problem.errno != errno.ENOSYS:
+        if problem.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
         raise RuntimeError(  # a lock of another kind would outlive a killed process
             f"The file system of {folder.parent} has no locks; name a folder on another with FOCALCAL_SCRATCH."
@@ -83,12 +83,17 @@ def keep(rows, runs: list[Run], folders: list[Path]):
 
 
 def write(folder: Path, epoch: int, tensors: dict[str, Tensor], history: list[dict]) -> None:
-    """Save the state after an epoch; the file's name carries the CRC-32 of its content. All but KEPT files go."""
+    """Save the state after an epoch; the file's name carries the CRC-32 of its content.
+
+    Of the others go all but the KEPT newest, and later epochs, which a run has that went on from an earlier one because
+    of what is trained beside it.
+    """
     content = safetensors.torch.save(tensors, {"history": json.dumps(history)})
     with paths.atomic(folder / f"{epoch:05d}-{zlib.crc32(content):08x}.safetensors") as part:
         part.write_bytes(content)
-    for old in list(epochs(folder).values())[:-KEPT]:
-        old.unlink()
+    found = epochs(folder)
+    for other in {*found} - {*sorted(number for number in found if number <= epoch)[-KEPT:]}:
+        found[other].unlink()
 
 
 def epochs(folder: Path) -> dict[int, Path]:

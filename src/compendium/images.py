@@ -42,17 +42,13 @@ def fashion_mnist() -> dict:
 
 
 def _cifar(name: str, train: list[str], test: list[str], labels: str, classes: tuple[str, str]) -> dict:
-    raw = {
-        file: pickle.loads(content, encoding="latin1") for file, content in fetch.verified(name).items()
-    }  # MD5 verified
-
-    def joined(batches):
-        images = np.concatenate([raw[batch]["data"] for batch in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        return np.ascontiguousarray(images), np.concatenate([raw[batch][labels] for batch in batches]).astype(np.int64)
-
+    verified = fetch.verified(name)  # so that it is safe to unpickle
+    raw = {file: pickle.loads(content, encoding="latin1") for file, content in verified.items()}
     arrays = {}
     for split, batches in (("train", train), ("test", test)):
-        arrays[f"{split}_images"], arrays[f"{split}_labels"] = joined(batches)
+        pixels = np.concatenate([raw[batch]["data"] for batch in batches]).reshape(-1, 3, 32, 32)
+        arrays[f"{split}_images"] = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+        arrays[f"{split}_labels"] = np.concatenate([raw[batch][labels] for batch in batches]).astype(np.int64)
     return arrays | {"classes": tuple(raw[classes[0]][classes[1]])}
 
 

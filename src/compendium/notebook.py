@@ -155,8 +155,6 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
             parameters[name] = int(value)
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's kernel, whatever the user installed
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's sums then do not depend on how many cores there are
-    for knob in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-        os.environ.setdefault(knob, str(1 << 30))  # glibc then reuses memory; training on a CPU is 20 % faster
     with paths.atomic(out) as part:
         scratch = part.with_name(f".part-scratch-{part.name}")
         try:

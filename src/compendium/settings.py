@@ -4,7 +4,7 @@ Raises ValueError, in one sentence, for anything unknown, missing or misfit.
 """
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
@@ -31,7 +31,7 @@ class Data(_Settings):
     train: PositiveInt  # samples to train on
     val: PositiveInt  # samples held out of the published training set, for temperatures and AdaFocal's gammas
     test: PositiveInt  # samples of the published test set; all of them for every number that is quoted
-    seed: Annotated[int, Field(ge=0)] = 1  # of the draw of train and val; the papers use 1
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1  # of the draw of train and val; the papers use 1
     mean: list[Positive] | None = None  # per channel, of pixel values in [0, 1]; by default measured on train
     std: list[Positive] | None = None
     test_mean: list[Positive] | None = None  # for the test set alone, by default the same
@@ -45,9 +45,9 @@ class Data(_Settings):
 class Study(_Settings):
     """A block under studies in params.yaml."""
 
-    data: dict  # settings of Data
-    training: dict  # settings of Training that hold for every loss
-    exceptions: dict[str, dict] = {}  # for single losses: settings of Training or of the loss
+    data: dict[str, Any]  # settings of Data
+    training: dict[str, Any]  # settings of Training that hold for every loss
+    exceptions: dict[str, dict[str, Any]] = {}  # for single losses: settings of Training or of the loss
 
 
 def build(kind, values: dict, where: dict):
@@ -99,7 +99,7 @@ def active() -> dict:
     given = block(params(), "active", "active")
     if unknown := set(given) - ACTIVE:
         raise ValueError(f"active in params.yaml has no '{min(unknown)}'; it has: {', '.join(sorted(ACTIVE))}.")
-    chosen = {name: given.get(name) or [] for name in LISTS}
+    chosen = {name: [] if given.get(name) is None else given[name] for name in LISTS}
     for name, values in chosen.items():
         if not isinstance(values, list):
             raise ValueError(f"active.{name} in params.yaml must be a list, got {values!r}.")

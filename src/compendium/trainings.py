@@ -1,10 +1,12 @@
 """Trainings of a study: from params.yaml to the files of a run, for chapter 2 and for `compendium train`."""
 
 import csv
+import ctypes
 import hashlib
 import json
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -52,7 +54,7 @@ def new_run(job: Job, prepared: dict[str, np.ndarray], on: torch.device) -> Run:
     else:
         of = len(prepared["mean"])
     model = networks.make(job.settings.network, len(prepared["classes"]), of, job.seed).to(on)
-    return Run(model, losses.make(job.loss, **job.loss_settings), job.settings)
+    return Run(model, losses.make(job.loss, **job.loss_settings), job.settings, job.loss)
 
 
 def complete(jobs: list[Job], runs: list[Run], data: dict[str, Split], prepared: dict[str, np.ndarray]) -> None:
@@ -62,6 +64,7 @@ def complete(jobs: list[Job], runs: list[Run], data: dict[str, Split], prepared:
     if a loss stops being finite, and RuntimeError if another process trains one of them.
     """
     begun, first = time.perf_counter(), jobs[0]
+    keep_memory()
     devices.set_numerics(runs[0].fast, runs[0].device, first.settings.threads)
     with ExitStack() as claims:
         folders = []
@@ -76,6 +79,13 @@ def complete(jobs: list[Job], runs: list[Run], data: dict[str, Split], prepared:
         for job, run in zip(jobs, runs, strict=True):
             shifted = predict_shifted(run.model, prepared, run.device)
             save(job, run, predictions(run, data), shifted, time.perf_counter() - begun)
+
+
+def keep_memory() -> None:
+    """Let glibc's malloc reuse up to 1 GiB of freed memory, where it would return it to the system at every step."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for threshold in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            libc.mallopt(threshold, 1 << 30)
 
 
 def progress(rows, done: int, epochs: int, samples: int, label: str):
@@ -126,7 +136,7 @@ def provenance(on: torch.device) -> dict:
     def git(*arguments) -> subprocess.CompletedProcess:
         return subprocess.run(["git", *arguments], cwd=paths.root(), capture_output=True, text=True)
 
-    commit = git("rev-parse", "HEAD").stdout.strip() or None
+    commit = git("rev-parse", "HEAD").stdout.strip() or None if shutil.which("git") else None
     changed = commit and git("diff", "--quiet", "HEAD", "--", "src", "params.yaml").returncode
     return {
         "commit": f"{commit}, with changes" if changed else commit,
@@ -154,7 +164,7 @@ def save(job: Job, run: Run, logits, shifted, seconds: float) -> None:
     """Write a finished training: history.csv, logits.npz, gradients.npz, shifted.npz, weights and provenance.
 
     logits: split -> what train.scored gives; shifted: see predict_shifted; seconds: since the (last) start.
-    Provenance already there is kept if the results are the same, byte for byte.
+    Provenance already there is kept if settings and results are the same, the latter byte for byte.
     """
     folder, study_folder = paths.run(job.study, job.loss, job.seed), paths.study(job.study)
     results = (folder / "history.csv", folder / "logits.npz")
@@ -176,13 +186,17 @@ def save(job: Job, run: Run, logits, shifted, seconds: float) -> None:
     with paths.atomic(study_folder / "models" / f"{job.loss}-{job.seed}.safetensors") as part:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in run.model.state_dict().items()}, part)
     record = study_folder / "provenance" / f"{job.loss}-{job.seed}.json"
-    if record.is_file() and before == [path.read_bytes() for path in results]:
+    resolved = {"settings": asdict(job.settings), "loss_settings": job.loss_settings}
+    try:
+        recorded = json.loads(record.read_text())
+    except (OSError, ValueError):  # none yet, or damaged
+        recorded = {}
+    if resolved.items() <= recorded.items() and before == [path.read_bytes() for path in results]:
         return  # the same results again, say from a notebook run by hand: DVC need not see a change
     cuda = run.device.type == "cuda"
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     memory = torch.cuda.max_memory_allocated(run.device) if cuda else resident
     ran = {"wall_seconds": round(seconds, 1), "peak_memory_mb": round(memory / 1e6)}
-    resolved = {"settings": asdict(job.settings), "loss_settings": job.loss_settings}
     with paths.atomic(record) as part:
         part.write_text(json.dumps(provenance(run.device) | ran | resolved, indent=2) + "\n")
 

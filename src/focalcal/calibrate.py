@@ -13,9 +13,8 @@ GRID = np.arange(1, 101) / 10  # 0.1, 0.2 ... 10.0, the papers' temperatures
 def temperature_by_nll(logits, labels, masked=()) -> float:
     """The temperature T that minimises the NLL of softmax(logits / T) (Guo et al. 2017), to about 1e-6 relative.
 
-    Newton's method on the inverse temperature, in which the NLL is convex, kept inside a bracket. The result
-    lies in [0.01, 100]; it is 0.01 where all samples are classified correctly, which pushes T towards 0, and within a
-    thousandth of 100 where labels unrelated to the logits push it towards infinity.
+    Newton's method on 1 / T, in which the NLL is convex, inside a bracket. T lies in [0.01, 100]: at 0.01 where all
+    samples are classified correctly, within a thousandth of 100 where labels have nothing to do with the logits.
     """
     logits, labels = metrics.check(logits, labels)
     z = logits - logits.max(axis=1, keepdims=True)
@@ -105,9 +104,12 @@ def gamma_for(p0: float) -> float:
     return float(a / b + lambertw(-(a ** (1 - a / b)) / b * np.log(a), k=-1).real / np.log(a))
 
 
+FITS = {"nll": temperature_by_nll, "ece": temperature_by_ece}
+
+
 def temperatures(logits, labels, masked=()) -> dict[str, float]:
-    """The three scalings that every table reports: none (1), nll and ece; to be chosen on validation data."""
-    return {"none": 1.0, "nll": temperature_by_nll(logits, labels), "ece": temperature_by_ece(logits, labels, masked)}
+    """The three scalings that every table reports: none (1), and those of FITS; to be chosen on validation data."""
+    return {"none": 1.0} | {scaling: fit(logits, labels, masked) for scaling, fit in FITS.items()}
 
 
 def refinement(logits, labels) -> float:

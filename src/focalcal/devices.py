@@ -21,7 +21,8 @@ def device() -> torch.device:
     kind, colon, number = wanted.partition(":")
     if kind not in usable or (colon and not (number.isdecimal() and int(number) < there[kind])):
         raise ValueError(
-            f"FOCALCAL_DEVICE is '{wanted}', which this machine does not have; use auto, {', '.join(usable)}."
+            f"FOCALCAL_DEVICE is '{wanted}', which PyTorch does not find here; use auto, {', '.join(usable)}. "
+            "(If there is a GPU, compare the CUDA version that nvidia-smi shows with torch.version.cuda.)"
         )
     return torch.device(wanted)
 

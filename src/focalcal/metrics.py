@@ -51,7 +51,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def predictions(logits: np.ndarray, masked=()) -> np.ndarray:
     """The class of the largest logit (the first, on ties) that is not masked, (N,)."""
-    if not masked:
+    if not len(masked):
         return logits.argmax(axis=1)
     allowed = np.setdiff1d(np.arange(logits.shape[1]), masked)
     if len(allowed) < 2 or max(masked) >= logits.shape[1] or min(masked) < 0:

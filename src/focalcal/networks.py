@@ -2,7 +2,7 @@
 ``text``) from (num_classes, embedding).
 
 The classifier head is the last ``nn.Linear``; weight norms and gradient histograms are taken there. Those of images end
-in global average pooling, so any input size from 28x28 upwards fits.
+in average pooling to a fixed size, so any input from 28x28 upwards fits.
 Sources: [M] the code published with Mukhoti et al., NeurIPS 2020; [H] He et al., CVPR 2016; [Z] Zagoruyko and
 Komodakis, BMVC 2016; [D] Huang et al., CVPR 2017.
 """
@@ -160,8 +160,8 @@ def make(name: str, num_classes: int, of: int | Tensor, seed: int) -> nn.Module:
     """
     if name not in NETWORKS:
         raise ValueError(f"Unknown network '{name}'; choose one of: {', '.join(NETWORKS)}.")
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"A seed must be a whole number, 0 or larger, got {seed!r}.")
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"A seed must be a whole number from 0 to 2**32 - 1, got {seed!r}.")
     if (name in TEXT) != isinstance(of, Tensor):
         kinds = ("text", "images") if name in TEXT else ("images", "text")
         raise ValueError(f"Network '{name}' reads {kinds[0]}, but the study's data are {kinds[1]}.")

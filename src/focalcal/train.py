@@ -89,17 +89,18 @@ class Run:
 
     loss: from losses.make. A loss may have ``start_epoch(epoch, epochs)``, ``update(confidence, correct)``
     (called after each epoch with the validation set) and ``log()`` (its moving parts, added to the row).
+    name: begins the message where training diverges.
     history: rows as in history.csv; gradients: epoch -> networks.head_gradient_norms of the training set, (N,);
     predictions: val and test -> what ``scored`` gives, after the last epoch that was trained here; selected: the epoch
     whose weights count (settings.select), which train puts back into the model at the end.
     """
 
-    def __init__(self, model: nn.Module, loss, settings: Training):
-        self.model, self.loss, self.settings = model, loss, settings
+    def __init__(self, model: nn.Module, loss, settings: Training, name: str = "Training"):
+        self.model, self.loss, self.settings, self.name = model, loss, settings, name
         self.parameters = list(model.parameters())
         self.device = self.parameters[0].device
         self.fast = settings.mode == "fast" or (settings.mode == "auto" and self.device.type == "cuda")
-        self.forward = torch.compile(model) if settings.compiled and self.fast else model
+        self.forward = torch.compile(model, dynamic=False) if settings.compiled and self.fast else model
         if isinstance(loss, nn.Module):
             loss.to(self.device)
         self.optimizers = optimizers.make(model, settings)
@@ -151,8 +152,8 @@ class Run:
     def finish_epoch(self, epoch: int, data: dict[str, Split]) -> dict:
         """Evaluate, update the loss, and add the epoch's row to the history. Raises FloatingPointError."""
         if len(bad := (~self.batch_losses.isfinite()).nonzero()):
-            became = f"The loss became {self.batch_losses[bad[0]].item()} in epoch {epoch}, step {bad[0].item() + 1}"
-            raise diverged(became, self.settings.learning_rate_at(epoch))
+            became = f"the loss became {self.batch_losses[bad[0]].item()} in epoch {epoch}, step {bad[0].item() + 1}"
+            raise self.diverged(became, epoch)
         row = {"epoch": epoch, "learning_rate": self.settings.learning_rate_at(epoch)}
         row["train_loss"] = self.batch_losses.mean().item()
         row["gradient_norm"] = self.gradient_norms.mean().item()
@@ -164,8 +165,7 @@ class Run:
                 continue
             found = scored(self.model, split)
             if not np.isfinite(found[0]).all():
-                became = f"The logits of the {name} set are not finite after epoch {epoch}"
-                raise diverged(became, self.settings.learning_rate_at(epoch))
+                raise self.diverged(f"the logits of the {name} set are not finite after epoch {epoch}", epoch)
             row |= {f"{name}_{key}": value for key, value in metrics.summary(*found).items()}
             if name != "train":
                 self.predictions[name] = found
@@ -181,6 +181,11 @@ class Run:
         if self.settings.select == "best" and self.selected == epoch:
             self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         return row
+
+    def diverged(self, what: str, epoch: int) -> FloatingPointError:
+        """To be raised where numbers stop being finite."""
+        rate = self.settings.learning_rate_at(epoch)
+        return FloatingPointError(f"{self.name}: {what}, at learning rate {rate:g}; lower it or clip, check the loss.")
 
     def finish(self) -> None:
         """Put the weights of the selected epoch into the model, once training is over."""
@@ -204,12 +209,6 @@ class Run:
         self.gradients = {int(name.split(".")[1]): state[name].numpy() for name in saved}
         self.best = {name.removeprefix("best."): t.to(self.device) for name, t in state.items() if name[:5] == "best."}
         self.history = history
-
-
-def diverged(what: str, rate: float) -> FloatingPointError:
-    """To be raised where numbers stop being finite."""
-    advice = "lower learning_rate or clip, or look at the loss function"
-    return FloatingPointError(f"{what}, at learning rate {rate:g}; {advice}.")
 
 
 def take_step(runs: list[Run], batches: Batches, size: int, streams: list, dropout: int | None = None) -> None:
@@ -258,10 +257,10 @@ def capture(runs: list[Run], batches: Batches, streams: list) -> dict:
 def train_together(runs: list[Run], data: dict[str, Split], seed: int):
     """Train several runs on the same batches; yields one list of rows per epoch, see ``train``.
 
-    Raises ValueError unless epochs, batches, augmentation, mode and what is done already are the same for all.
+    Raises ValueError unless epochs, batches, augmentation, mode, threads and what is done already are the same for all.
     """
     settings, fast, on, done = runs[0].settings, runs[0].fast, runs[0].device, len(runs[0].history)
-    names = ("epochs", "batch_size", "drop_last", "augment")
+    names = ("epochs", "batch_size", "drop_last", "augment", "threads")
     if len({(*(getattr(run.settings, name) for name in names), run.fast, len(run.history)) for run in runs}) > 1:
         raise ValueError(f"Losses trained together need the same {', '.join(names)} and mode, and equal progress.")
     devices.set_numerics(fast, on, settings.threads)
