@@ -245,6 +245,7 @@ def test_adafocal_keeps_the_gamma_of_an_empty_bin():
         ("focal", {"gamma": float("inf")}, "gamma must be 0 or larger"),
         ("focal", {"gamma": [1, 2]}, "must be a number"),
         ("flsd53", {"threshold": 5}, "threshold is a probability"),
+        ("flsd53", {"gamma_top": -2.0}, "flsd: gamma_top must be 0 or larger"),
         ("adafocal", {"gamma_min": 1}, "needs gamma_min <= -switch < 0"),
         ("adafocal", {"bins": 2.5}, "whole number of bins"),
         ("adafocal", {"rate": -1}, "rate of 0 or larger, got 15, -1"),
@@ -295,9 +296,10 @@ def test_defaults_are_the_papers():
     }
     for loss, values in expected.items():
         torch.testing.assert_close(loss(z, y), values)
-    at = torch.tensor([0.199, 0.201], dtype=torch.float64)
-    values = losses.flsd(torch.stack([at, 1 - at], dim=1).log(), torch.tensor([0, 0]))
-    torch.testing.assert_close(values, -((1 - at) ** torch.tensor([5, 3])) * at.log())
+    at = torch.tensor([0.199, 0.201, 0.499, 0.501], dtype=torch.float64)
+    for top, gammas in ((None, [5, 3, 3, 3]), (2.0, [5, 3, 3, 2])):
+        values = losses.flsd(torch.stack([at, 1 - at], dim=1).log(), torch.zeros(4, dtype=torch.long), gamma_top=top)
+        torch.testing.assert_close(values, -((1 - at) ** torch.tensor(gammas)) * at.log())
     assert torch.autograd.gradcheck(lambda z: losses.margin_label_smoothing(z, y), z.requires_grad_())
 
 

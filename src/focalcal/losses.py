@@ -70,17 +70,19 @@ def focal(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
     return -_power(-torch.expm1(log_p), gamma) * log_p
 
 
-def flsd(logits: Tensor, labels: Tensor, gamma_low=5.0, gamma_high=3.0, threshold=0.2) -> Tensor:
+def flsd(logits: Tensor, labels: Tensor, gamma_low=5.0, gamma_high=3.0, threshold=0.2, gamma_top=None) -> Tensor:
     """Sample-dependent focal loss, FLSD-53 by default [M, sec. 4].
 
-    gamma_low where p < threshold, else gamma_high; gamma itself is not differentiated.
+    gamma_low where p < threshold, else gamma_high; from p = 0.5 on gamma_top, if that is given, as in a variant among
+    the published scripts. gamma itself is not differentiated.
     """
-    _not_negative("flsd: gamma_low", gamma_low)
-    _not_negative("flsd: gamma_high", gamma_high)
+    top = gamma_high if gamma_top is None else gamma_top
+    for name, gamma in {"gamma_low": gamma_low, "gamma_high": gamma_high, "gamma_top": top}.items():
+        _not_negative(f"flsd: {name}", gamma)
     if not 0 <= threshold <= 1:
         raise ValueError(f"flsd: threshold is a probability, got {threshold}.")
     p = _log_p(logits, labels).detach().exp()
-    return focal(logits, labels, torch.where(p < threshold, gamma_low, gamma_high))
+    return focal(logits, labels, torch.where(p < threshold, gamma_low, torch.where(p < 0.5, gamma_high, top)))
 
 
 def dual_focal(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:

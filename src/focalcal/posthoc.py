@@ -6,6 +6,8 @@ which every function of ``metrics`` takes as logits. Sources: [G] Guo et al., IC
 2022, "Top-label calibration and multiclass-to-binary reductions".
 """
 
+from functools import partial
+
 import numpy as np
 from scipy.optimize import minimize
 from sklearn.isotonic import IsotonicRegression
@@ -28,16 +30,10 @@ def none(logits, labels):
     return metrics.log_softmax
 
 
-def temperature_nll(logits, labels):
-    """One temperature, lowest NLL [G, sec. 4.2]."""
-    temperature = calibrate.temperature_by_nll(logits, labels)
-    return lambda z: metrics.log_softmax(z / temperature)
-
-
-def temperature_ece(logits, labels, masked=()):
-    """One temperature of the grid 0.1 ... 10.0, lowest ECE [M, sec. 5]."""
-    temperature = calibrate.temperature_by_ece(logits, labels, masked)
-    return lambda z: metrics.log_softmax(z / temperature)
+def temperature(logits, labels, masked=(), scaling="nll"):
+    """One temperature, chosen by calibrate.FITS: of lowest NLL [G, sec. 4.2] or of lowest ECE [M, sec. 5]."""
+    found = calibrate.FITS[scaling](logits, labels, masked)
+    return lambda z: metrics.log_softmax(z / found)
 
 
 def vector(logits, labels):
@@ -159,8 +155,8 @@ def focal_temperature(logits, labels):
 
 METHODS = {  # the order of tables
     "none": none,
-    "temperature_nll": temperature_nll,
-    "temperature_ece": temperature_ece,
+    "temperature_nll": temperature,
+    "temperature_ece": partial(temperature, scaling="ece"),
     "focal_temperature": focal_temperature,
     "vector": vector,
     "matrix": matrix,
