@@ -97,11 +97,16 @@ def further(study: str) -> str:
     return "\n\n".join(lines)
 
 
+def intervals(study: str) -> Path:
+    """Where chapter 10 leaves every metric of a study with its interval."""
+    return paths.root() / "figures" / study / "10_evidence" / "intervals.csv"
+
+
 def numbers(studies: list[str]) -> pd.DataFrame:
     """Every metric of every loss with its interval, one row each, beside the papers' numbers."""
     parts = []
     for study in studies:
-        table = pd.read_csv(paths.existing(paths.root() / "figures" / study / "10_evidence" / "intervals.csv"))
+        table = pd.read_csv(intervals(study))
         paper = runs.papers(study) / 100
         known = {("ece", "none"): paper.before_scaling, ("ece", "ece"): paper.after_scaling}
         keys = zip(table.loss, table.metric, table.scaling, strict=True)
@@ -412,7 +417,7 @@ def curves(study: str) -> str:
 
 def answer(study: str) -> str:
     """Two sentences from the numbers."""
-    table = pd.read_csv(paths.root() / "figures" / study / "10_evidence" / "intervals.csv").query("metric == 'ece'")
+    table = pd.read_csv(intervals(study)).query("metric == 'ece'")
     raw, scaled = (table[table.scaling == s].set_index("loss") for s in ("none", "nll"))
     best, worst = raw.value.idxmin(), raw.value.idxmax()
 
@@ -475,7 +480,7 @@ def reference() -> str:
 
 
 def provenance() -> str:
-    """Where, with what and in how long every training ran."""
+    """Where and with what every training ran, and how long since its (last) start."""
     rows = []
     for top in ("artifacts", "published"):
         for path in sorted((paths.root() / top).glob("*/provenance/*.json")):
@@ -483,7 +488,7 @@ def provenance() -> str:
     table = pd.DataFrame(rows)
     table["commit"] = table.commit.str.replace(r"^(\w{7})\w*", r"\1", regex=True)  # ", with changes" stays
     table = table.drop(columns=["settings", "loss_settings"], errors="ignore")
-    text = "# Provenance\n\nEvery training: code, versions, device, time, memory.\n\n"
+    text = "# Provenance\n\nEvery training: code, versions, device, seconds since its (last) start, memory.\n\n"
     return text + table.to_markdown(index=False) + "\n"
 
 
@@ -511,9 +516,10 @@ def build(out: Path) -> None:
     if (out.is_file() or out.is_dir() and any(out.iterdir())) and not (out / "objects.inv").is_file():
         raise ValueError(f"{out} is there and holds no report; name another folder, or delete it first.")
     chosen, first = settings.active(), headline()
-    here = [
-        name for name in (*chosen["studies"], *chosen["analysed"]) if (paths.study(name) / "temperatures.csv").is_file()
-    ]
+    here = [name for name in (*chosen["studies"], *chosen["analysed"]) if intervals(name).is_file()]
+    here = [name for name in here if (paths.study(name) / "temperatures.csv").is_file()]
+    if first not in here:
+        raise ValueError(f"Study '{first}' leads the report, and has not been analysed yet; run `dvc repro` first.")
     studies = list(dict.fromkeys([first, *here]))  # `make results` leaves two of them
     work = paths.root() / "artifacts" / "report"  # MyST-NB leaves copies of the notebooks beside what it builds
     source, built = work / "source", work / "html"

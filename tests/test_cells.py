@@ -1,5 +1,7 @@
 """Every published cell, and what became of it."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -57,6 +59,18 @@ def test_one_row_a_cell_and_the_authors_first(table):
     assert first.paper == 4.0 and first.source == "the authors" and first.also == "4.1 (somebody else)"
     assert table.loc["digits", "adafocal", "ece_percent", "ece"].paper == 2.0  # only the other one gives it
     assert ("digits", "focal1", "error_percent", "ece") not in table.index  # scaling changes no error
+
+
+def test_a_variant_does_not_stand_in_for_the_papers_own(table, tmp_path):
+    values = parameters()
+    values["studies"]["variant"] = values["studies"]["tiny"]
+    values["active"] |= {"studies": ["variant", "tiny"]}
+    shutil.copytree(paths.study("tiny"), paths.study("variant"))
+    write_parameters(tmp_path, values)
+    assert cells.repeated() == {("digits", "small_resnet"): "variant"}  # the first
+    values["active"] |= {"repeats": {"papers": {"documents": "tiny", "trees": "tiny"}}}
+    write_parameters(tmp_path, values)
+    assert cells.repeated() == {("digits", "small_resnet"): "tiny"}
 
 
 def test_ours_and_verdicts_by_hand(table):

@@ -142,7 +142,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, code):
         pass
 
 
-def test_the_scratch_folder_goes_only_when_all_is_written(tmp_path, monkeypatch):
+def test_the_scratch_folder_goes_only_when_all_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FOCALCAL_SCRATCH", str(tmp_path))
     with pytest.raises(KeyboardInterrupt), checkpoints.claim("s", "brier", 0, "k") as folder:
         checkpoints.write(folder, 1, {"x": torch.ones(2)}, [])
@@ -151,11 +151,15 @@ def test_the_scratch_folder_goes_only_when_all_is_written(tmp_path, monkeypatch)
     monkeypatch.setenv("FOCALCAL_KEEP_CHECKPOINTS", str(tmp_path / "where"))
     with checkpoints.claim("s", "brier", 0, "k"):
         pass
-    assert list(checkpoints.epochs(folder)) == [1] and (tmp_path / "where").read_text() == str(folder.parent)
+    assert list(checkpoints.epochs(folder)) == [1] and (tmp_path / "where").read_text() == str(folder)
     monkeypatch.delenv("FOCALCAL_KEEP_CHECKPOINTS")
+    assert "not used" not in capsys.readouterr().err
+    with checkpoints.claim("s", "brier", 0, "other"):  # with other settings, data or code
+        assert f"checkpoints in {folder.parent} that are not used" in capsys.readouterr().err
+    assert list(checkpoints.epochs(folder)) == [1]
     with checkpoints.claim("s", "brier", 0, "k"):
         pass
-    assert not folder.exists()
+    assert not folder.parent.exists()
 
 
 def test_a_full_disk_stops_the_training_and_keeps_the_last_good_checkpoint(images, whole, tmp_path, monkeypatch):

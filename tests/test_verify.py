@@ -101,6 +101,10 @@ def test_what_is_not_there_is_named(here):
         main(["verify", "tiny", "focal1", "0"])
 
 
-def test_a_published_run_is_not_trained_over(here):
+def test_a_published_or_finished_run_is_not_trained_over(here):
     with pytest.raises(SystemExit, match="focal1/0 is published; `compendium verify` trains it again and leaves"):
+        main(["train", "tiny", "focal1"])
+    shutil.copytree(here / "published/tiny/runs", here / "artifacts/tiny/runs", dirs_exist_ok=True)
+    shutil.rmtree(here / "published")
+    with pytest.raises(SystemExit, match="focal1/0 is finished; delete it to train it again"):
         main(["train", "tiny", "focal1"])

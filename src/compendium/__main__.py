@@ -44,7 +44,9 @@ def parser() -> argparse.ArgumentParser:
         epilog = f"example: {example}"
         made[verb] = verbs.add_parser(verb, help=description, description=description, epilog=epilog)
 
-    made["data"].add_argument("name", nargs="*", help="data sets; by default what the active studies use")
+    made["data"].add_argument(
+        "name", nargs="*", help="data sets; by default what the active studies use, and Fashion-MNIST"
+    )
     made["data"].add_argument("--prepare", metavar="STUDY", help="instead, write artifacts/STUDY/prepared.npz")
 
     made["train"].add_argument("study")
@@ -114,6 +116,9 @@ def call(given: argparse.Namespace) -> int | None:
                 raise ValueError(
                     f"{run} is published; `compendium verify` trains it again and leaves everything as it is."
                 )
+        for run in (paths.run(given.study, loss, given.seed) for loss in given.loss):
+            if (run / "logits.npz").is_file():
+                raise ValueError(f"{run} is finished; delete it to train it again.")
         trainings.train_jobs(given.study, given.loss, given.seed)
     elif given.verb == "assess":
         from compendium import assess

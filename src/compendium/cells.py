@@ -57,9 +57,13 @@ def error_verdict(ours: float, paper: float, samples: int, sd: float) -> str:
 
 
 def repeated() -> dict[tuple[str, str], str]:
-    """The active studies that repeat a published data set and network and have results: (dataset, network) -> study."""
+    """The active studies that repeat a published data set and network and have results: (dataset, network) -> study.
+
+    Of several, variants among them, that which active.repeats names as documents or trees, or else the first.
+    """
     found, chosen = {}, settings.active()
-    for study in chosen["studies"] + chosen["published"]:
+    papers = [group[kind] for group in chosen["repeats"].values() for kind in ("documents", "trees") if kind in group]
+    for study in [*papers, *chosen["studies"], *chosen["published"]]:
         if runs.repeats_papers(study) and (paths.study(study) / "metrics.csv").is_file():
             found.setdefault(runs.data_and_network(study), study)
     return found

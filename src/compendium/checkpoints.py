@@ -7,7 +7,7 @@ import shutil
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors.torch
@@ -23,7 +23,8 @@ KEPT = 2  # the newest one, and one to fall back on
 
 @contextmanager
 def claim(study: str, loss: str, seed: int, key: str):
-    """Yields the folder for the checkpoints of one training; it goes away when the block ends without an error.
+    """Yields the folder for the checkpoints of one training; it goes away when the block ends without an error. Says so
+    if there are some of the same training with other settings, data or code: they are not used, and stay.
 
     If the environment variable FOCALCAL_KEEP_CHECKPOINTS names a file, it stays, and the file tells where it is: to be
     removed by whoever set the variable, once the results are in safety.
@@ -36,12 +37,17 @@ def claim(study: str, loss: str, seed: int, key: str):
     try:
         with FileLock(folder.with_name(f"{folder.name}.lock"), timeout=0, fallback_to_soft=False):
             (folder / key).mkdir(parents=True, exist_ok=True)
+            if others := [path.name for path in folder.iterdir() if path.name != key]:
+                unused = f"not used, for they are of other settings, data, code or versions: {', '.join(others)}"
+                print(f"focalcal: checkpoints in {folder} that are {unused}", file=sys.stderr)
             yield folder / key
             if receipt := os.environ.get("FOCALCAL_KEEP_CHECKPOINTS"):
                 with paths.atomic(Path(receipt)) as part:
-                    part.write_text(str(folder))
+                    part.write_text(str(folder / key))
             else:
-                shutil.rmtree(folder)
+                shutil.rmtree(folder / key)
+                with suppress(OSError):  # others are there
+                    folder.rmdir()
     except Timeout:
         raise RuntimeError(
             f"Another process is training {study}, {loss}, seed {seed}; wait for it or stop it (its lock is "

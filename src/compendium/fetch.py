@@ -290,13 +290,13 @@ def fetch(name: str, folder: Path) -> None:
 
 
 def fetch_all(names: list[str]) -> None:
-    """Fetch these data sets into data/; without names, what the active studies of params.yaml need.
+    """Fetch these data sets into data/; without names, what the active studies need, and Fashion-MNIST (data.dvc).
 
     What only chapter 9 uses (``shifted``) is left out, with a message, where it cannot be had.
     """
     studies = [] if names else [settings.data(study) for study in settings.active()["studies"]]
     needed = [GLOVE.get(study.vectors) for study in studies if study.vectors] + [study.dataset for study in studies]
-    for name in dict.fromkeys(names or ["fashion_mnist", *needed]):  # the first is pinned
+    for name in dict.fromkeys(names or [*needed, "fashion_mnist"]):
         if name in (*FETCHED, *TEXTS) or names:
             fetch(name, paths.root() / "data" / ("glove" if name in GLOVE.values() else name))
     for name in dict.fromkeys(name for study in studies for name in study.shifted if name in FETCHED):

@@ -340,14 +340,7 @@ def run(globs: list[str], executor: str, slots: int | None, config: Path | None)
     wanted = cluster(config) if on_slurm else None
     if on_slurm and not (shutil.which("sbatch") and shutil.which("squeue")):
         raise RuntimeError("There is no sbatch here; on a machine that can submit jobs, run this again.")
-    asked = [
-        subprocess.run(["git", *command], cwd=root, capture_output=True, text=True)
-        for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", ".", ":(exclude)dvc.lock"])
-    ]
-    commit, changed = (answer.stdout.strip() for answer in asked)
-    if on_slurm and (changed or not commit):
-        what = " ".join((changed or asked[1].stderr or "nothing is committed").split())[:200]
-        raise RuntimeError(f"Tasks on the cluster work on a commit; commit first what is not: {what}")
+    commit = committed(root) if on_slurm else ""
     needs, before = stages.matching(globs, on_slurm)
     done = ended_elsewhere(needs)
     if stages.outdated(before):  # all of them, for what is above one of these may make others outdated
@@ -366,6 +359,19 @@ def run(globs: list[str], executor: str, slots: int | None, config: Path | None)
     if not on_slurm:
         return conclude(grid, run_local(grid, slots))
     return wait(grid, lambda: submit_slurm(grid, needs, wanted, slots))
+
+
+def committed(root: Path) -> str:
+    """The commit that tasks on a cluster work on; RuntimeError if anything but dvc.lock is not committed."""
+    asked = [
+        subprocess.run(["git", *command], cwd=root, capture_output=True, text=True)
+        for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", ".", ":(exclude)dvc.lock"])
+    ]
+    commit, changed = (answer.stdout.strip() for answer in asked)
+    if changed or not commit:
+        what = " ".join((changed or asked[1].stderr or "nothing is committed").split())[:200]
+        raise RuntimeError(f"Tasks on the cluster work on a commit; commit first what is not: {what}")
+    return commit
 
 
 def ended_elsewhere(names) -> dict[str, dict]:

@@ -95,8 +95,8 @@ def existing(path: Path) -> Path:
 
 
 def _is_artifact(path: Path) -> bool:
-    """Whether the pipeline makes the file; others are the user's own."""
-    return Path(path).resolve().is_relative_to(root() / "artifacts")
+    """Whether DVC keeps the file; others are the user's own."""
+    return any(Path(path).resolve().is_relative_to(root() / top) for top in ("artifacts", "published"))
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:

@@ -124,6 +124,8 @@ def metrics(study: str, only=()) -> pd.DataFrame:
 
 
 def _read(study: str, name: str) -> pd.DataFrame:
+    if not paths.study(study).is_dir():
+        settings.study(study)  # ValueError, which names those there are, if it is none of them
     return pd.read_csv(paths.existing(paths.study(study) / name), keep_default_na=False, dtype={"loss": str})
 
 

@@ -74,7 +74,7 @@ def matrix(logits, labels):
 
 
 def isotonic(logits, labels):
-    """A rising step function per class, one against the rest, then scaled to sum 1 [Z]."""
+    """A rising function per class (level steps, joined by lines), one against the rest, then scaled to sum 1 [Z]."""
     probs = np.exp(metrics.log_softmax(logits))
     maps = [IsotonicRegression(out_of_bounds="clip").fit(p, labels == k) for k, p in enumerate(probs.T)]
 
