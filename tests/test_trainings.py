@@ -109,6 +109,10 @@ def test_data_of_other_settings_are_refused(prepared):
     words = "has 60 val samples, params.yaml asks for 50; `python -m compendium data --prepare tiny` makes it anew"
     with pytest.raises(ValueError, match=words):
         trainings.train_jobs("tiny", ["focal1"], 0)
+    values["studies"]["tiny"]["data"] |= {"val": 60, "test_mean": [0.5], "test_std": [0.5]}
+    write_parameters(Path("."), values)
+    with pytest.raises(ValueError, match="has another test_mean than params.yaml; `python -m compendium data --prep"):
+        trainings.train_jobs("tiny", ["focal1"], 0)
 
 
 def test_a_rate_for_word_vectors_needs_some(prepared):

@@ -202,7 +202,7 @@ def save(job: Job, run: Run, logits, shifted, seconds: float) -> None:
 
 
 def read_prepared(study: str) -> dict[str, np.ndarray]:
-    """The arrays of the study's prepared.npz; ValueError if the sizes of its splits are not those of params.yaml."""
+    """The arrays of the study's prepared.npz; ValueError if sizes, mean or std are not those of params.yaml."""
     prepared, config = paths.read_npz(paths.prepared(study)), settings.data(study)
     for split in ("train", "val", "test"):
         trees = f"{split}_first" in prepared
@@ -210,6 +210,12 @@ def read_prepared(study: str) -> dict[str, np.ndarray]:
         if size != (wanted := getattr(config, split)):
             raise ValueError(
                 f"{paths.prepared(study)} has {size} {split} samples, params.yaml asks for {wanted}; "
+                f"`python -m compendium data --prepare {study}` makes it anew."
+            )
+    for name in ("mean", "std", "test_mean", "test_std"):
+        if (given := getattr(config, name)) is not None and not np.array_equal(prepared.get(name), given):
+            raise ValueError(
+                f"{paths.prepared(study)} has another {name} than params.yaml; "
                 f"`python -m compendium data --prepare {study}` makes it anew."
             )
     return prepared
