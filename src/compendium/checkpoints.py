@@ -23,11 +23,11 @@ KEPT = 2  # the newest one, and one to fall back on
 
 @contextmanager
 def claim(study: str, loss: str, seed: int, key: str):
-    """Yields the folder for the checkpoints of one training; it goes away when the block ends without an error. Says so
-    if there are some of the same training with other settings, data or code: they are not used, and stay.
+    """Yields the folder for the checkpoints of one training; it goes away when the block ends without an error.
 
-    If the environment variable FOCALCAL_KEEP_CHECKPOINTS names a file, it stays, and the file tells where it is: to be
-    removed by whoever set the variable, once the results are in safety.
+    Those of the same training with other settings, data or code are not used, and stay, with a message. If the
+    environment variable FOCALCAL_KEEP_CHECKPOINTS names a file, the folder stays, too, and the file tells where it is:
+    to be removed by whoever set the variable, once the results are in safety.
     key: a hash of all that decides the result, so that no other configuration's checkpoint is ever taken up.
     Raises RuntimeError if another process is in such a block for the same study, loss and seed, and if the folder is on
     a file system without locks.
@@ -37,9 +37,9 @@ def claim(study: str, loss: str, seed: int, key: str):
     try:
         with FileLock(folder.with_name(f"{folder.name}.lock"), timeout=0, fallback_to_soft=False):
             (folder / key).mkdir(parents=True, exist_ok=True)
-            if others := [path.name for path in folder.iterdir() if path.name != key]:
-                unused = f"not used, for they are of other settings, data, code or versions: {', '.join(others)}"
-                print(f"focalcal: checkpoints in {folder} that are {unused}", file=sys.stderr)
+            if others := [str(path) for path in folder.iterdir() if path.name != key and epochs(path)]:
+                what = "Checkpoints of other settings, data, code or versions are not used; delete them if you like:"
+                print(f"focalcal: {what} {', '.join(others)}", file=sys.stderr)
             yield folder / key
             if receipt := os.environ.get("FOCALCAL_KEEP_CHECKPOINTS"):
                 with paths.atomic(Path(receipt)) as part:
