@@ -451,8 +451,9 @@ def chapters(source: Path, groups: dict[str, str]) -> str:
     for study, caption in groups.items():
         folder, entries = paths.study(study) / "notebooks", []
         pages = {path.stem: path for path in folder.glob("[!.]*.ipynb")}  # none of a stopped stage
-        if (one := folder / "02_train" / "cross_entropy-0.ipynb").is_file():
-            pages["02_train"] = one
+        for loss in ("cross_entropy", "focal3"):  # its text is about the second
+            if (one := folder / "02_train" / f"{loss}-0.ipynb").is_file():
+                pages["02_train"] = one
         for chapter, path in sorted(pages.items()):
             name = f"{study}-{chapter}"
             page = nbformat.read(path, 4)
