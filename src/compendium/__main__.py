@@ -116,8 +116,12 @@ def call(given: argparse.Namespace) -> int | None:
                 raise ValueError(
                     f"{run} is published; `compendium verify` trains it again and leaves everything as it is."
                 )
-        for run in (paths.run(given.study, loss, given.seed) for loss in given.loss):
-            if (run / "logits.npz").is_file():
+        for loss in given.loss:
+            run, begun = (
+                paths.run(given.study, loss, given.seed),
+                paths.scratch() / given.study / f"{loss}-{given.seed}",
+            )
+            if (run / "logits.npz").is_file() and not begun.is_dir():  # else a kill stopped its saving
                 raise ValueError(f"{run} is finished; delete it to train it again.")
         trainings.train_jobs(given.study, given.loss, given.seed)
     elif given.verb == "assess":

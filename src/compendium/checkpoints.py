@@ -91,8 +91,8 @@ def keep(rows, runs: list[Run], folders: list[Path]):
 def write(folder: Path, epoch: int, tensors: dict[str, Tensor], history: list[dict]) -> None:
     """Save the state after an epoch; the file's name carries the CRC-32 of its content.
 
-    Of the others go all but the KEPT newest, and later epochs, which a run has that went on from an earlier one because
-    of what is trained beside it.
+    Only the KEPT newest up to this epoch stay. Later ones go, too: a run has them if it went on from an earlier epoch
+    because of what is trained beside it.
     """
     content = safetensors.torch.save(tensors, {"history": json.dumps(history)})
     with paths.atomic(folder / f"{epoch:05d}-{zlib.crc32(content):08x}.safetensors") as part:
