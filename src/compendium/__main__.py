@@ -107,7 +107,7 @@ def call(given: argparse.Namespace) -> int | None:
 
         fetch.fetch_all(given.name)
     elif given.verb == "train":
-        from compendium import paths, trainings
+        from compendium import checkpoints, paths, trainings
 
         if len(set(given.loss)) < len(given.loss):
             raise ValueError(f"Every loss is trained once; one of {' '.join(given.loss)} is named twice.")
@@ -117,11 +117,9 @@ def call(given: argparse.Namespace) -> int | None:
                     f"{run} is published; `compendium verify` trains it again and leaves everything as it is."
                 )
         for loss in given.loss:
-            run, begun = (
-                paths.run(given.study, loss, given.seed),
-                paths.scratch() / given.study / f"{loss}-{given.seed}",
-            )
-            if (run / "logits.npz").is_file() and not begun.is_dir():  # else a kill stopped its saving
+            run = paths.run(given.study, loss, given.seed)
+            under_way = checkpoints.place(given.study, loss, given.seed).is_dir()  # perhaps killed while saving
+            if (run / "logits.npz").is_file() and not under_way:
                 raise ValueError(f"{run} is finished; delete it to train it again.")
         trainings.train_jobs(given.study, given.loss, given.seed)
     elif given.verb == "assess":

@@ -21,6 +21,11 @@ from focalcal.train import Run
 KEPT = 2  # the newest one, and one to fall back on
 
 
+def place(study: str, loss: str, seed: int) -> Path:
+    """The folder for all checkpoints of one training, a folder for each key in it; there only while one is under way."""
+    return paths.scratch() / study / f"{loss}-{seed}"
+
+
 @contextmanager
 def claim(study: str, loss: str, seed: int, key: str):
     """Yields the folder for the checkpoints of one training; it goes away when the block ends without an error.
@@ -32,7 +37,7 @@ def claim(study: str, loss: str, seed: int, key: str):
     Raises RuntimeError if another process is in such a block for the same study, loss and seed, and if the folder is on
     a file system without locks.
     """
-    folder = paths.scratch() / study / f"{loss}-{seed}"
+    folder = place(study, loss, seed)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder.with_name(f"{folder.name}.lock"), timeout=0, fallback_to_soft=False):
