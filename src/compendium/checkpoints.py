@@ -22,7 +22,7 @@ KEPT = 2  # the newest one, and one to fall back on
 
 
 def place(study: str, loss: str, seed: int) -> Path:
-    """The folder for all checkpoints of one training, a folder for each key in it; there only while one is under way."""
+    """The folder for all checkpoints of one training, one for each key in it; there while one is under way."""
     return paths.scratch() / study / f"{loss}-{seed}"
 
 
