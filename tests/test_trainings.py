@@ -88,6 +88,7 @@ def test_provenance_says_where_and_with_what(prepared, monkeypatch):
     assert record["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
     assert (record["torch"], record["numpy"]) == (torch.__version__, np.__version__)
     assert record["commit"] is None and record["wall_seconds"] > 0 and record["peak_memory_mb"] > 10
+    assert record["resumed_after_epoch"] == 0
 
 
 def test_provenance_says_whether_the_code_is_that_of_the_commit(prepared, monkeypatch):
@@ -142,11 +143,11 @@ def test_the_same_results_with_the_same_settings_keep_their_provenance(prepared)
     run = trainings.new_run(job, prepared, CPU)
     run.history, run.gradients = [{"epoch": 1, "test_nll": 1.0}], {1: np.ones(10, np.float32)}
     record = paths.study("tiny") / "provenance/focal1-0.json"
-    trainings.save(job, run, logits, {"noise1": np.eye(3)}, 1.0)
+    trainings.save(job, run, logits, {"noise1": np.eye(3)}, 1.0, 0)
     assert runs.logits("tiny", "focal1", 0)["test"][2] == (2,)
 
     def again(job, seconds):
-        trainings.save(job, run, logits, {"noise1": np.eye(3)}, seconds)
+        trainings.save(job, run, logits, {"noise1": np.eye(3)}, seconds, 0)
         return json.loads(record.read_text())["wall_seconds"]
 
     assert again(job, 2.0) == 1.0
@@ -180,6 +181,8 @@ def test_after_a_stop_past_the_last_epoch_predictions_are_made_anew_and_equal(pr
     monkeypatch.setattr(train, "take_step", lambda *_: pytest.fail("a step was taken"))
     assert all(not run.predictions for run in complete("focal1", "adafocal"))
     assert (files("focal1"), files("adafocal")) == whole
+    record = json.loads((paths.study("tiny") / "provenance/focal1-0.json").read_text())
+    assert record["resumed_after_epoch"] == 3  # what wall_seconds leaves out
 
 
 def test_what_the_network_was_not_trained_on_is_normalised_as_the_test_set(prepared):

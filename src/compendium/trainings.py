@@ -72,20 +72,22 @@ def complete(jobs: list[Job], runs: list[Run], data: dict[str, Split], prepared:
             claimed = checkpoints.claim(job.study, job.loss, job.seed, key(job, runs[0].device))
             folders.append(claims.enter_context(claimed))
         checkpoints.resume(runs, folders)
+        done = len(runs[0].history)
         rows = checkpoints.keep(train.train_together(runs, data, first.seed), runs, folders)
         label = f"{first.study} {' '.join(job.loss for job in jobs)} {first.seed}"
-        for _ in progress(rows, len(runs[0].history), first.settings.epochs, len(runs) * len(data["train"]), label):
+        for _ in progress(rows, done, first.settings.epochs, len(runs) * len(data["train"]), label):
             pass
         for job, run in zip(jobs, runs, strict=True):
             shifted = predict_shifted(run.model, prepared, run.device)
-            save(job, run, predictions(run, data), shifted, time.perf_counter() - begun)
+            save(job, run, predictions(run, data), shifted, time.perf_counter() - begun, done)
 
 
 def keep_memory() -> None:
     """Let glibc's malloc reuse up to 1 GiB of freed memory, where it would return it to the system at every step."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for threshold in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            libc.mallopt(threshold, 1 << 30)
+            for size in (1 << 25, 1 << 30):  # an older glibc refuses the second and keeps the first
+                libc.mallopt(threshold, size)
 
 
 def progress(rows, done: int, epochs: int, samples: int, label: str):
@@ -160,10 +162,11 @@ def cpu_model() -> str:
     return named[0] if named else platform.processor()
 
 
-def save(job: Job, run: Run, logits, shifted, seconds: float) -> None:
+def save(job: Job, run: Run, logits, shifted, seconds: float, done: int) -> None:
     """Write a finished training: history.csv, logits.npz, gradients.npz, shifted.npz, weights and provenance.
 
-    logits: split -> what train.scored gives; shifted: see predict_shifted; seconds: since the (last) start.
+    logits: split -> what train.scored gives; shifted: see predict_shifted; seconds: since the (last) start, which
+    went on after ``done`` epochs; 0 if nothing had interrupted it.
     Provenance already there is kept if settings and results are the same, the latter byte for byte.
     """
     folder, study_folder = paths.run(job.study, job.loss, job.seed), paths.study(job.study)
@@ -196,7 +199,7 @@ def save(job: Job, run: Run, logits, shifted, seconds: float) -> None:
     cuda = run.device.type == "cuda"
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     memory = torch.cuda.max_memory_allocated(run.device) if cuda else resident
-    ran = {"wall_seconds": round(seconds, 1), "peak_memory_mb": round(memory / 1e6)}
+    ran = {"wall_seconds": round(seconds, 1), "resumed_after_epoch": done, "peak_memory_mb": round(memory / 1e6)}
     with paths.atomic(record) as part:
         part.write_text(json.dumps(provenance(run.device) | ran | resolved, indent=2) + "\n")
 
