@@ -158,6 +158,50 @@ def test_twins_are_the_documents_with_another_label(folder, monkeypatch):
     assert sorted(int(label) for _, _, label, *_ in rows) == [1, 3, 5]
 
 
+def own_texts():
+    """What the function of somebody's own data set may give: three documents a split."""
+    arrays = {"embedding": np.ones((4, 5), np.float32), "classes": ("good", "bad")}
+    for split in ("train", "val", "test"):
+        arrays[f"{split}_tokens"], arrays[f"{split}_labels"] = np.array([[0, 0, 3]] * 3), np.array([0, 1, 1])
+    return arrays
+
+
+def test_texts_of_ones_own_with_their_own_vectors(monkeypatch):
+    monkeypatch.setitem(texts.DATASETS, "mine", lambda config: own_texts())
+    prepared = prepare.prepare(Data(dataset="mine", train=3, val=3, test=3, vectors="mine"))
+    assert prepared["val_tokens"].tolist() == [[0, 0, 3]] * 3 and prepared["embedding"].shape == (4, 5)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            {"val_tokens": np.array([[0, 3, 0]] * 3)},
+            "mine: val_tokens have a 0 behind a word; 0 is padding, and stands",
+        ),
+        (
+            {"val_tokens": np.array([[0, 0, 3]] * 2)},
+            r"val_tokens and _labels must be \(3, L\) and \(3,\), got \(2, 3\)",
+        ),
+        ({"test_labels": np.array([0, 2, 1])}, r"test's labels must lie in 0\.\.1, got 0\.\.2"),
+        ({"test_labels": np.array([0, 1, 1], np.int32)}, "test_labels must be int64, got int32"),
+        ({"embedding": np.ones((4, 5))}, r"embedding must be float32 \(words, D\), got float64 \(4, 5\)"),
+    ],
+)
+def test_texts_of_ones_own_that_do_not_fit_are_named(monkeypatch, change, words):
+    monkeypatch.setitem(texts.DATASETS, "mine", lambda config: own_texts() | change)
+    with pytest.raises(ValueError, match=words):
+        prepare.prepare(Data(dataset="mine", train=3, val=3, test=3, vectors="mine"))
+
+
+def test_a_missing_array_of_ones_own_texts_is_named(monkeypatch):
+    arrays = own_texts()
+    del arrays["classes"]
+    monkeypatch.setitem(texts.DATASETS, "mine", lambda config: arrays)
+    with pytest.raises(ValueError, match="mine: 'classes' is missing; it gives: embedding, train_tokens"):
+        prepare.prepare(Data(dataset="mine", train=3, val=3, test=3, vectors="mine"))
+
+
 def test_bad_texts_are_named(folder, monkeypatch):
     newsgroups = Data(dataset="20newsgroups", train=1, val=1, test=1, vectors="cut-out")
     with pytest.raises(FileNotFoundError, match="holds 0 documents in 0 groups instead of 19,997 in 20; `python -m"):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from compendium import checkpoints, paths, runs, trainings
-from focalcal import feed, networks, train
+from focalcal import feed, losses, networks, train
 
 CPU = torch.device("cpu")
 
@@ -121,6 +121,39 @@ def test_a_rate_for_word_vectors_needs_some(prepared):
     job = job._replace(settings=dataclasses.replace(job.settings, embedding_learning_rate=0.1))
     with pytest.raises(ValueError, match="is 0.1, but network 'small_resnet' trains no word vectors"):
         trainings.new_run(job, prepared, CPU)
+
+
+class Learned(nn.Module):
+    """A focal loss whose gamma would have to be trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, logits, labels):
+        return losses.focal(logits, labels, self.gamma)
+
+
+def with_own_milestones(logits, labels, milestones=(1, 2)):
+    return losses.cross_entropy(logits, labels)
+
+
+def averaged(logits, labels):
+    return losses.cross_entropy(logits, labels).mean()
+
+
+@pytest.mark.parametrize(
+    "loss, words",
+    [
+        (Learned, "Loss 'adafocal' has parameters, and nothing here trains them; make them buffers"),
+        (with_own_milestones, "Loss 'adafocal': training has a setting 'milestones', too"),
+        (averaged, r"Loss 'adafocal' must give one number per sample, \(2,\) for two; it gives \(\)"),
+    ],
+)
+def test_a_loss_that_would_be_trained_wrongly_is_refused(prepared, monkeypatch, loss, words):
+    monkeypatch.setitem(losses.LOSSES, "adafocal", loss)
+    with pytest.raises(ValueError, match=words):
+        trainings.new_run(trainings.job("tiny", "adafocal", 0), prepared, CPU)
 
 
 def test_a_word_without_a_vector_is_named(prepared):

@@ -137,6 +137,7 @@ def load(name: str) -> dict:
     wanted = [*(f"{split}_{kind}" for split in ("train", "test") for kind in ("images", "labels")), "classes"]
     if missing := [array for array in wanted if array not in raw]:
         raise ValueError(f"{name}: '{missing[0]}' is missing; it gives: {', '.join(raw) or 'nothing'}.")
+    raw |= {array: np.asarray(raw[array]) for array in wanted[:4]}
     for split in ("train", "test"):
         images, labels = raw[f"{split}_images"], raw[f"{split}_labels"]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):

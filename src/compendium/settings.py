@@ -4,6 +4,7 @@ Raises ValueError, in one sentence, for anything unknown, missing or misfit.
 """
 
 import dataclasses
+import re
 from typing import Annotated, Any
 
 import yaml
@@ -38,7 +39,7 @@ class Data(_Settings):
     test_std: list[Positive] | None = None
     per_class: bool = False  # draw val evenly from the classes
     shifted: list[str] = []  # data sets from elsewhere that the networks are tried on, names in images.DATASETS
-    vectors: str | None = None  # of the words of a text, a name in texts.VECTORS
+    vectors: str | None = None  # of a text's words, a name in texts.VECTORS (or any, if its function brings its own)
     masked: list[Annotated[int, Field(ge=0)]] = []  # classes that are never predicted, see focalcal.metrics
 
 
@@ -65,8 +66,10 @@ def build(kind, values: dict, where: dict):
             raise ValueError(f"'{name}' is missing in params.yaml; looked in {blocks}.") from None
         if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             raise ValueError(f"{place} has no setting '{name}'; it has: {', '.join(names(kind))}.") from None
-        reason = reason[0].lower() + reason[1:]
-        raise ValueError(f"{place}.{name}: {reason}, got {first['input']!r}.") from None
+        reason, got = reason[0].lower() + reason[1:], repr(first["input"])
+        if first["type"] == "float_type" and re.fullmatch(r"[+-]?\d+(\.\d*)?e[+-]?\d+", str(first["input"])):
+            got += ", which to YAML is text: write it with a point, and a sign behind the e, as 1.0e-4"
+        raise ValueError(f"{place}.{name}: {reason}, got {got}.") from None
 
 
 def names(kind) -> list[str]:

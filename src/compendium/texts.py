@@ -1,8 +1,8 @@
 """Texts: 20 Newsgroups and the Stanford Sentiment Treebank, read and split as in Mukhoti et al.'s published code, with
 GloVe's word vectors.
 
-A new data set is one function that makes the arrays of ``feed.splits`` from a study's settings, and one line in
-``DATASETS``.
+A new data set is one function that makes from a study's settings the arrays of ``feed.splits`` for train, val and test,
+embedding, float32 (words, D), and classes, their names; and one line in ``DATASETS``.
 """
 
 import csv
@@ -66,6 +66,8 @@ def numbered(documents: list[list[str]], length: int = LENGTH, vocabulary: int =
 
 def vectors(name: str, wanted: list[str], missing=lambda n: np.zeros((n, DIMENSIONS))) -> np.ndarray:
     """Word vectors, float32 (words, 100), of the words that are wanted; missing: gives rows for those without one."""
+    if name not in VECTORS:
+        raise ValueError(f"'vectors' must be one of {', '.join(VECTORS)}, got {name!r}.")
     path = paths.root() / "data" / "glove" / VECTORS[name]
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; `python -m compendium data '{fetch.GLOVE[name]}'` fetches it.")
@@ -230,7 +232,38 @@ DATASETS = {"20newsgroups": newsgroups, "sst": sst}
 
 
 def prepare(config: Data) -> dict[str, np.ndarray]:
-    """The arrays of a text study's prepared.npz; masked (m,), the classes that are never predicted, if there are."""
-    if config.vectors not in VECTORS:
+    """The arrays of a text study's prepared.npz; masked (m,), the classes that are never predicted, if there are.
+
+    ValueError, naming the array, if documents or their labels are not as ``feed.splits`` and the network need them.
+    """
+    if not config.vectors:
         raise ValueError(f"'vectors' must be one of {', '.join(VECTORS)}, got {config.vectors!r}.")
-    return DATASETS[config.dataset](config) | ({"masked": np.array(config.masked)} if config.masked else {})
+    arrays = DATASETS[config.dataset](config)
+    check(arrays, config)
+    return arrays | ({"masked": np.array(config.masked)} if config.masked else {})
+
+
+def check(arrays: dict[str, np.ndarray], config: Data) -> None:
+    """ValueError, naming the array, if they are not what ``feed.splits`` and the networks take."""
+    name = config.dataset
+    trees = "train_first" in arrays
+    kinds = ("words", "left", "right", "node_labels", "first") if trees else ("tokens", "labels")
+    wanted = [*(f"{split}_{kind}" for split in ("train", "val", "test") for kind in kinds), "embedding", "classes"]
+    if missing := [array for array in wanted if array not in arrays]:
+        raise ValueError(f"{name}: '{missing[0]}' is missing; it gives: {', '.join(arrays) or 'nothing'}.")
+    if (found := arrays["embedding"]).dtype != np.float32 or found.ndim != 2:
+        raise ValueError(f"{name}: embedding must be float32 (words, D), got {found.dtype} {found.shape}.")
+    if bad := [array for array in wanted[:-2] if arrays[array].dtype != np.int64]:
+        raise ValueError(f"{name}: {bad[0]} must be int64, got {arrays[bad[0]].dtype}.")
+    for split in ("train", "val", "test"):
+        labels = arrays[f"{split}_{'node_labels' if trees else 'labels'}"]
+        if labels.min() < 0 or labels.max() >= len(arrays["classes"]):
+            found = f"{labels.min()}..{labels.max()}"
+            raise ValueError(f"{name}: {split}'s labels must lie in 0..{len(arrays['classes']) - 1}, got {found}.")
+        if not trees:
+            tokens, size = arrays[f"{split}_tokens"], getattr(config, split)
+            if tokens.ndim != 2 or len(tokens) != size or labels.shape != (size,):
+                got = f"{tokens.shape} and {labels.shape}"
+                raise ValueError(f"{name}: {split}_tokens and _labels must be ({size}, L) and ({size},), got {got}.")
+            if ((tokens[:, :-1] != 0) & (tokens[:, 1:] == 0)).any():
+                raise ValueError(f"{name}: {split}_tokens have a 0 behind a word; 0 is padding, and stands in front.")

@@ -1,8 +1,10 @@
 """Trainings of a study: from params.yaml to the files of a run, for chapter 2 and for `compendium train`."""
 
+import copy
 import csv
 import ctypes
 import hashlib
+import inspect
 import json
 import platform
 import resource
@@ -18,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from tqdm import tqdm
 
 from compendium import checkpoints, paths, settings
@@ -53,8 +56,23 @@ def new_run(job: Job, prepared: dict[str, np.ndarray], on: torch.device) -> Run:
             raise ValueError(f"A word of study '{job.study}' has number {words}, but there are {len(of)} word vectors.")
     else:
         of = len(prepared["mean"])
-    model = networks.make(job.settings.network, len(prepared["classes"]), of, job.seed).to(on)
-    return Run(model, losses.make(job.loss, **job.loss_settings), job.settings, job.loss)
+    classes = len(prepared["classes"])
+    model = networks.make(job.settings.network, classes, of, job.seed).to(on)
+    return Run(model, new_loss(job, classes), job.settings, job.loss)
+
+
+def new_loss(job: Job, classes: int):
+    """The loss of a training, tried on two samples; ValueError for one that ``train`` could not do justice to."""
+    loss = losses.make(job.loss, **job.loss_settings)
+    function = losses.LOSSES[job.loss_settings.get("function", job.loss)]
+    if taken := sorted(set(inspect.signature(function).parameters) & set(settings.names(Training))):
+        raise ValueError(f"Loss '{job.loss}': training has a setting '{taken[0]}', too; give the loss's another name.")
+    if isinstance(loss, nn.Module) and list(loss.parameters()):
+        raise ValueError(f"Loss '{job.loss}' has parameters, and nothing here trains them; make them buffers.")
+    shape = tuple(copy.deepcopy(loss)(torch.zeros(2, classes), torch.zeros(2, dtype=torch.long)).shape)
+    if shape != (2,):
+        raise ValueError(f"Loss '{job.loss}' must give one number per sample, (2,) for two; it gives {shape}.")
+    return loss
 
 
 def complete(jobs: list[Job], runs: list[Run], data: dict[str, Split], prepared: dict[str, np.ndarray]) -> None:

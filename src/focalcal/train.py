@@ -9,6 +9,8 @@ mode computes the network in bfloat16 (weights, head, loss and evaluation stay i
 a GPU, replays the whole step, batch and augmentation included, as a CUDA graph.
 """
 
+import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -170,13 +172,13 @@ class Run:
             if name != "train":
                 self.predictions[name] = found
         row |= calibrate.after_scaling(self.predictions["val"], self.predictions["test"])
+        if epoch in gradient_epochs(self.settings.epochs):
+            loss, size = copy.deepcopy(self.loss), self.settings.batch_size  # a copy, since a loss may count
+            self.gradients[epoch] = networks.head_gradient_norms(self.model, data["train"], loss, size)
         if hasattr(self.loss, "update"):
             self.loss.update(*metrics.confidence_correct(*self.predictions["val"]))
         if hasattr(self.loss, "log"):
-            row |= self.loss.log()
-        if epoch in gradient_epochs(self.settings.epochs):
-            size = self.settings.batch_size
-            self.gradients[epoch] = networks.head_gradient_norms(self.model, data["train"], self.loss, size)
+            row |= {name: float(value) for name, value in self.loss.log().items()}
         self.history.append(row)
         if self.settings.select == "best" and self.selected == epoch:
             self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
@@ -222,7 +224,7 @@ def take_step(runs: list[Run], batches: Batches, size: int, streams: list, dropo
     for run, stream in zip(runs, streams or [None] * len(runs), strict=True):
         if stream:
             stream.wait_stream(main)
-        with torch.cuda.stream(stream):  # of None: where we are
+        with torch.cuda.stream(stream) if stream else nullcontext():
             if dropout is not None:
                 torch.manual_seed(dropout)
             run.step(inputs, labels, batches.number)
