@@ -12,6 +12,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from focalcal import devices, feed, losses, metrics, networks, train
 
 CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture(scope="module")
@@ -348,19 +349,33 @@ def test_noise_has_the_published_standard_deviation():
             feed.gaussian_noise(grey, severity)
 
 
+def test_a_training_on_the_cpu_asks_cuda_for_nothing(images, monkeypatch):
+    """It would take memory of a GPU that is there, and PyTorch cannot answer on a Mac."""
+    for name in ("stream", "current_stream", "current_device", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: pytest.fail(f"torch.cuda.{name} was called"))
+    assert len(trained(images).history) == 3
+
+
 # On a GPU
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("names", [["adafocal"], ["flsc531", "mmce"], ["aurc", "aurc_hard", "focal_mdca"]])
-def test_captured_steps_are_the_eager_steps(images, monkeypatch, names):
+@needs_gpu
+@pytest.mark.parametrize(
+    ("names", "compiled"),
+    [(["adafocal"], False), (["flsc531", "mmce"], False), (["aurc", "aurc_hard", "focal_mdca"], False)]
+    + [(["adafocal"], True)],
+)
+def test_captured_steps_are_the_eager_steps(images, monkeypatch, names, compiled):
     """The same training with and without CUDA graphs, with a short last batch.
 
     A decay makes the graphs anew. FLSc-531 and AdaFocal change their gammas after the first epoch, between two replays.
+    Kernels are deterministic and the rate is low, since otherwise roundings grow into differences of that size.
     """
     on = torch.device("cuda")
     data = {name: feed.Images(*slice_of(split, len(split), on)) for name, split in images.items()}
-    fast = protocol(mode="fast", epochs=4, milestones=[4])
+    fast = protocol(mode="fast", epochs=4, milestones=[4], learning_rate=0.001, compiled=compiled)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(devices, "set_numerics", lambda *_: None)
 
     def rows():
         runs = [train.Run(networks.make("small_resnet", 3, 1, 0).to(on), losses.make(name), fast) for name in names]
@@ -375,7 +390,20 @@ def test_captured_steps_are_the_eager_steps(images, monkeypatch, names):
             assert sum(row[f"samples_bin{i:02d}"] for i in range(15)) == 150
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_documents_train(device):
+    """With what images do not have: Adam, dropout, an epoch that is selected. The word tells the class."""
+    on, labels = torch.device(device), np.arange(150) % 3
+    tokens = np.repeat(1 + labels[:, None], 30, axis=1)
+    data = {name: feed.Split(tokens, labels, on) for name in ("train", "val", "test")}
+    adam = {"network": "global_pool_cnn", "optimizer": "adam", "learning_rate": 0.001, "weight_decay": 0.0}
+    settings = protocol(mode="fast", epochs=6, milestones=[], augment=False, select="best", **adam)
+    model = networks.make("global_pool_cnn", 3, torch.randn(4, 100, generator=torch.Generator().manual_seed(0)), 0)
+    rows = list(train.train(train.Run(model.to(on), losses.make("adafocal"), settings), data, 0))
+    assert rows[-1]["train_loss"] < 0.5 * rows[0]["train_loss"] and rows[-1]["test_error"] == 0
+
+
+@needs_gpu
 def test_exact_mode_repeats_bit_for_bit_on_a_gpu(images):
     on = torch.device("cuda")
     data = {name: feed.Images(*slice_of(split, len(split), on)) for name, split in images.items()}

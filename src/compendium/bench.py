@@ -151,6 +151,8 @@ def training_rows(names: list[str], on: torch.device) -> list[dict]:
     """Images per second of every variant; on a GPU also the roofline and the peak memory."""
     rows, cuda, rng = [], on.type == "cuda", np.random.default_rng(0)
     rate, bandwidth = ceilings(on) if cuda else (None, None)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()  # what follows is the trainings' own
     protocol = settings.params()["shared"]["protocol"] | {"batch_size": BATCH, "learning_rate": 1e-4}
     for name in names:
         size, channels = SHAPES.get(name, (32, 3))
