@@ -144,6 +144,8 @@ def ceilings(on: torch.device) -> tuple[float, float]:
     product = median_seconds(lambda: a @ b, 5, on)
     big = torch.randn(2**28 if on.type == "cuda" else 2**25, device=on)
     copy = median_seconds(lambda: big.clone(), 5, on)
+    if on.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # what follows is the trainings' own
     return 2 * n**3 / product, 2 * big.numel() * 4 / copy
 
 
@@ -151,8 +153,6 @@ def training_rows(names: list[str], on: torch.device) -> list[dict]:
     """Images per second of every variant; on a GPU also the roofline and the peak memory."""
     rows, cuda, rng = [], on.type == "cuda", np.random.default_rng(0)
     rate, bandwidth = ceilings(on) if cuda else (None, None)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()  # what follows is the trainings' own
     protocol = settings.params()["shared"]["protocol"] | {"batch_size": BATCH, "learning_rate": 1e-4}
     for name in names:
         size, channels = SHAPES.get(name, (32, 3))
