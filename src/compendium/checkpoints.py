@@ -44,7 +44,7 @@ def claim(study: str, loss: str, seed: int, key: str):
             (folder / key).mkdir(parents=True, exist_ok=True)
             if others := [str(path) for path in folder.iterdir() if path.name != key and epochs(path)]:
                 what = "Checkpoints of other settings, data, code or versions are not used; delete them if you like:"
-                print(f"focalcal: {what} {', '.join(others)}", file=sys.stderr)
+                print(f"note: {what} {', '.join(others)}", file=sys.stderr)
             yield folder / key
             if receipt := os.environ.get("FOCALCAL_KEEP_CHECKPOINTS"):
                 with paths.atomic(Path(receipt)) as part:
@@ -122,5 +122,5 @@ def read(path: Path) -> tuple[dict[str, Tensor], list[dict]] | None:
     except (ValueError, IndexError, SafetensorError) as problem:
         aside = path.with_suffix(".damaged")
         path.rename(aside)
-        print(f"focalcal: checkpoint {path.name} is damaged ({problem}); set aside as {aside}.", file=sys.stderr)
+        print(f"note: checkpoint {path.name} is damaged ({problem}); set aside as {aside}.", file=sys.stderr)
         return None

@@ -80,7 +80,9 @@ def names(kind) -> list[str]:
 def params() -> dict:
     """params.yaml as a dictionary."""
     try:
-        values = yaml.load((paths.root() / "params.yaml").read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        values = yaml.load(
+            (paths.root() / "params.yaml").read_text("utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        )
     except yaml.YAMLError as problem:
         raise ValueError(f"params.yaml is not YAML: {' '.join(str(problem).split())}.") from None
     return block({"params.yaml": values}, "params.yaml", "All")
