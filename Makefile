@@ -13,6 +13,7 @@ READY := .venv/.ready
 HEADLINE := $(shell sed -n 's/^  headline: \([^ ]*\).*/\1/p' params.yaml)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
+export PYTHONUTF8 := 1
 # A file's tests share what they have made, so they stay together.
 PYTEST := OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
@@ -27,7 +28,7 @@ results: data
 	$(call timed,Trainings: as many at once as there are GPUs or cores (study fashion on two cores: 5 to 20 minutes),\
 		python -m compendium grid run 'train@*')
 	$(call timed,Analyses of what was trained and of the headline study (two cores: two to ten minutes),\
-		python -m compendium grid run 'analyse@*' 'analyse*@$(HEADLINE)-*')
+		python -m compendium grid run 'analyse@*' 'analyse*@$(HEADLINE)-[0-9][0-9]_*')
 	@echo
 	@for study in $$(python -c "from compendium import settings; print(*settings.active()['studies'])"); do \
 		echo "Study $$study, trained here:"; cat figures/$$study/08_results/results.md; done

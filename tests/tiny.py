@@ -112,7 +112,8 @@ def stub(folder: Path) -> None:
 
 def commit(folder: Path) -> None:
     call(folder, "git", "add", "-A")
-    call(folder, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-q", "-m", "tiny")
+    who = ("user.name=t", "user.email=t@example.org", "commit.gpgsign=false")
+    call(folder, "git", *(word for value in who for word in ("-c", value)), "commit", "-q", "-m", "tiny")
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -118,8 +118,8 @@ def call(given: argparse.Namespace) -> int | None:
                 )
         for loss in given.loss:
             run = paths.run(given.study, loss, given.seed)
-            under_way = checkpoints.place(given.study, loss, given.seed).is_dir()  # perhaps killed while saving
-            if (run / "logits.npz").is_file() and not under_way:
+            under_way = checkpoints.place(given.study, loss, given.seed).glob("*/[0-9]*.safetensors")
+            if (run / "logits.npz").is_file() and not any(under_way):  # else perhaps killed while saving
                 raise ValueError(f"{run} is finished; delete it to train it again.")
         trainings.train_jobs(given.study, given.loss, given.seed)
     elif given.verb == "assess":

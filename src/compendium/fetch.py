@@ -274,6 +274,7 @@ def fetch(name: str, folder: Path) -> None:
         print(f"{name} is in {folder}{verified}.")
         return
     failures = []
+    print(f"Looking for {name}; a download can take minutes.", flush=True)
     for source, copy in (TEXT_SOURCES if name in TEXTS else SOURCES).items():
         problem = copy(name, folder)
         if problem is None:

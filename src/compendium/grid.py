@@ -74,7 +74,7 @@ def cluster(path: Path | None = None) -> Cluster:
     if path is None and not (path := paths.root() / "slurm.yaml").exists():
         return Cluster()
     try:
-        values = parse_yaml(path.read_text(), path)  # YAML 1.2, to which 12:00:00 is no number
+        values = parse_yaml(path.read_text("utf-8"), path)  # YAML 1.2, to which 12:00:00 is no number
     except YAMLFileCorruptedError as problem:
         raise ValueError(f"{path} is not YAML: {' '.join(str(problem.__cause__).split())}.") from None
     if not isinstance(values, dict):
@@ -182,8 +182,8 @@ def follow(grid: Grid, step=lambda: None, every: float = 10.0) -> dict[str, dict
             enough = 7 if count["completed"] else 2
         line = f"{done} of {len(rows)} done, {running} running, {waiting} waiting"
         line += f", {bad} failed" if (bad := len(rows) - done - running - waiting) else ""
-        whys = Counter(row["note"] for row in rows.values() if row["state"] == "waiting" and row["note"])
-        if waiting and not running and whys:
+        whys = Counter(row["note"] for row in rows.values() if row["state"] in ("waiting", "running") and row["note"])
+        if whys and (SILENT in whys or not running):
             line += f" ({whys.most_common(1)[0][0]})"
         if line != printed:
             printed = line
@@ -229,7 +229,8 @@ def run_local(grid: Grid, slots: int | None) -> dict[str, dict]:
                 stage = waiting.pop(0)
                 executor = submitit.LocalExecutor(grid.logs(stage))
                 executor.update_parameters(timeout_min=60 * 24 * 365, stderr_to_stdout=True)
-                running[slot] = executor.submit(tasks.Task(paths.root(), variables), stage)
+                with stages.ignoring(signal.SIGINT):  # which a terminal sends to tasks, too; they get a SIGTERM below
+                    running[slot] = executor.submit(tasks.Task(paths.root(), variables), stage)
                 grid.stages[stage] = running[slot].job_id
                 grid.save()
 
@@ -237,11 +238,17 @@ def run_local(grid: Grid, slots: int | None) -> dict[str, dict]:
         return follow(grid, start, every=0.5)
     except BaseException:
         for job in running.values():
-            job.cancel()
+            stop(job.job_id)
         raise
     finally:
         while not all(job.done() for job in running.values()):
             time.sleep(0.2)
+
+
+def stop(job: str) -> None:
+    """Tell a local task to end; submitit's own cancelling would kill it a second later."""
+    with suppress(ProcessLookupError):
+        os.kill(int(job), signal.SIGTERM)
 
 
 def visible_gpus(device, seen: int) -> list[str]:
@@ -276,7 +283,7 @@ def submit_slurm(grid: Grid, needs: dict[str, tuple[str, ...]], wanted: Cluster,
     cloudpickle.register_pickle_by_value(tasks)  # its code of now, whatever becomes of this folder's
     ours = {name: value for name, value in os.environ.items() if name.startswith(("SLURM_CONF", "SBATCH_"))}
     # No job stays unknown, and none has traces of one that we are in.
-    with stages.ignoring_interrupts(), submitit.helpers.clean_env():
+    with stages.ignoring(signal.SIGINT, signal.SIGTERM, signal.SIGHUP), submitit.helpers.clean_env():
         os.environ.update(ours)
         for first in range(0, len(names), wanted.array):
             part = names[first : first + wanted.array]
@@ -436,7 +443,7 @@ def cancel(grid: Grid) -> None:
         os.kill(grid.pid, signal.SIGTERM)
     elif grid.executor == "local":  # who started them was killed
         for job in grid._local_states():
-            os.kill(int(job), signal.SIGINT)
+            stop(job)
     else:
         asked = subprocess.run(["scancel", *grid.jobs()], capture_output=True, text=True)
         if asked.returncode:

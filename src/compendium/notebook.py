@@ -154,7 +154,10 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
                 )
             parameters[name] = int(value)
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's kernel, whatever the user installed
+    os.environ.setdefault("PYTHONUTF8", "1")  # chapters write γ, whatever the locale
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's sums then do not depend on how many cores there are
+    for left in Path(out).parent.glob(f".part-scratch-.part-*{Path(out).name}"):  # by one that was killed
+        left.unlink()
     with paths.atomic(out) as part:
         scratch = part.with_name(f".part-scratch-{part.name}")
         try:
@@ -185,7 +188,7 @@ def execute(notebook: Path, out: Path, parameters: dict) -> None:
             name = Path(notebook).name
             raise RuntimeError(f"{name}: its kernel was killed, most often for lack of memory.") from death
         except papermill.exceptions.PapermillExecutionError as failure:
-            artifacts, place = paths.root() / "artifacts", Path(out).resolve()
+            artifacts, place = (paths.root() / "artifacts").resolve(), Path(out).resolve()
             inside = place.relative_to(artifacts) if place.is_relative_to(artifacts) else Path(place.name)
             kept = artifacts / "failed" / inside
             kept.parent.mkdir(parents=True, exist_ok=True)

@@ -96,7 +96,7 @@ def existing(path: Path) -> Path:
 
 def _is_artifact(path: Path) -> bool:
     """Whether DVC keeps the file; others are the user's own."""
-    return any(Path(path).resolve().is_relative_to(root() / top) for top in ("artifacts", "published"))
+    return any(Path(path).resolve().is_relative_to((root() / top).resolve()) for top in ("artifacts", "published"))
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ A published study needs its block in params.yaml and its name under active.publi
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -16,7 +17,7 @@ from zipfile import ZIP_DEFLATED
 import numpy as np
 import pandas as pd
 
-from compendium import fetch, paths, runs, settings
+from compendium import fetch, paths, runs, settings, stages
 from focalcal import calibrate
 
 RUN_FILES = ("history.csv", "logits.npz")  # and for chapter 5 gradients.npz, for chapter 9 of images shifted.npz
@@ -162,9 +163,10 @@ def add(archive: Path) -> Path:
             for folder in (target, source):
                 if folder.is_dir():
                     shutil.copytree(folder, whole, dirs_exist_ok=True)
-            if target.is_dir():
-                target.rename(Path(aside) / "before")
-            whole.rename(target)
+            with stages.ignoring(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if target.is_dir():
+                    target.rename(Path(aside) / "before")
+                whole.rename(target)
         return target
 
 

@@ -56,7 +56,7 @@ def collect(entries: dict[str, dict]) -> tuple[list[str], list[str], list[str]]:
         named = _named(repo)
         entries = {name: entries[name] for name in entries if name in named and named[name].status()}
         before, entered, others = load_yaml(lock), [], []
-        with ignoring_interrupts():
+        with ignoring(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             try:
                 _write(lock, before | {"stages": before["stages"] | entries})
                 with Repo(str(root)) as anew:  # sees the new entries
@@ -74,13 +74,12 @@ def collect(entries: dict[str, dict]) -> tuple[list[str], list[str], list[str]]:
 def _write(lock, content: dict) -> None:
     """dvc.lock, whole or not at all."""
     with paths.atomic(lock) as part:
-        part.write_text(dumps_yaml(content))
+        part.write_text(dumps_yaml(content), "utf-8")
 
 
 @contextmanager
-def ignoring_interrupts():
-    """Ctrl-C and the like are ignored meanwhile."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+def ignoring(*numbers: int):
+    """These signals, such as Ctrl-C's, are ignored meanwhile, also by a process that is started."""
     before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
     try:
         yield

@@ -8,10 +8,11 @@ import sys
 import tempfile
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dvc.config import Config
+from dvc.repo import Repo
 from dvc.utils.serialize import load_yaml
 from filelock import FileLock, Timeout
 from submitit.helpers import Checkpointable
@@ -23,11 +24,13 @@ STOPPED = 128 + signal.SIGTERM  # the exit status of a task that was told to end
 def dvc(folder: Path, *arguments: str, **variables: str) -> str:
     """Run DVC in a folder, with its code and this environment, and pass its output on; RuntimeError if it fails.
 
-    Returns how a stage got done, in the words of HOW. If this process is stopped meanwhile, so is DVC.
+    Returns how a stage got done, in the words of HOW. If this process is stopped meanwhile, so is DVC, but not while
+    it writes dvc.lock, which would be cut off.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     modules = os.pathsep.join(filter(None, (str(folder / "src"), os.environ.get("PYTHONPATH"))))
     ours = {"PATH": path, "PYTHONPATH": modules, "PYTHONUNBUFFERED": "1", "JUPYTER_PREFER_ENV_PATH": "1"}
+    ours |= {"SHELL": "/bin/sh", "PYTHONUTF8": "1"}
     command, how = [sys.executable, "-m", "dvc", *arguments], ""
     with subprocess.Popen(
         command, cwd=folder, env=os.environ | ours | variables, stdout=subprocess.PIPE, text=True,
@@ -38,7 +41,8 @@ def dvc(folder: Path, *arguments: str, **variables: str) -> str:
                 print(line, end="", flush=True)
                 how = next((name for words, name in HOW.items() if words in line), how)
         except BaseException:
-            os.killpg(process.pid, signal.SIGTERM)
+            with Repo(str(folder), _wait_for_lock=True) as repo, repo.lock, suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
             raise
     if process.returncode:
         raise RuntimeError(f"dvc {' '.join(arguments)} exited with {process.returncode}; its message is above.")
@@ -76,13 +80,16 @@ class Task(Checkpointable):
                 else:
                     with clone(self.head, stage, **self.clone_settings) as folder:
                         variables["DVC_SITE_CACHE_DIR"] = str(folder / ".dvc" / "site")
-                        dvc(folder, "checkout", "--quiet", *needs, **variables)
+                        if needs:  # without names DVC would check everything out
+                            dvc(folder, "checkout", "--quiet", *needs, **variables)
                         how = dvc(folder, *repro, **variables)
                         entry = load_yaml(folder / "dvc.lock")["stages"][stage]
                 if kept.exists():
                     checkpoints = Path(kept.read_text())
                     if shared.parent.parent in checkpoints.parents:  # in scratch/, whatever a broken file says
                         shutil.rmtree(checkpoints, ignore_errors=True)
+                        with suppress(OSError):  # those of other settings are there
+                            checkpoints.parent.rmdir()
                     kept.unlink()
         except SystemExit as stop:
             if self.clone_settings and stop.code == STOPPED:

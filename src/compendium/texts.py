@@ -238,7 +238,7 @@ def prepare(config: Data) -> dict[str, np.ndarray]:
     """
     if not config.vectors:
         raise ValueError(f"'vectors' must be one of {', '.join(VECTORS)}, got {config.vectors!r}.")
-    arrays = DATASETS[config.dataset](config)
+    arrays = {name: np.asarray(array) for name, array in DATASETS[config.dataset](config).items()}
     check(arrays, config)
     return arrays | ({"masked": np.array(config.masked)} if config.masked else {})
 

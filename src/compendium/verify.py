@@ -64,7 +64,7 @@ def verify(study: str, loss: str, seed: int) -> int:
     there = paths.prepared(study).is_file()  # else made in memory
     prepared = trainings.read_prepared(study) if there else prepare.prepare(settings.data(study))
     theirs = measured(run)
-    sd = pd.DataFrame([measured(folder) for folder in sorted(run.parent.glob("*"))]).std()  # NaN with a single seed
+    sd = pd.DataFrame([measured(folder) for folder in sorted(run.parent.glob("[0-9]*"))]).std()  # NaN: one seed
     with tempfile.TemporaryDirectory() as scratch, chdir(scratch):
         Path("dvc.yaml").touch()  # a compendium of its own, to train in
         os.environ.pop("FOCALCAL_SCRATCH", None)  # checkpoints of other trainings are there
