@@ -106,5 +106,6 @@ def test_a_published_or_finished_run_is_not_trained_over(here):
         main(["train", "tiny", "focal1"])
     shutil.copytree(here / "published/tiny/runs", here / "artifacts/tiny/runs", dirs_exist_ok=True)
     shutil.rmtree(here / "published")
+    (here / "scratch/tiny/focal1-0").mkdir(parents=True)  # without a checkpoint nothing is under way
     with pytest.raises(SystemExit, match="focal1/0 is finished; delete it to train it again"):
         main(["train", "tiny", "focal1"])

@@ -26,7 +26,7 @@ if training:
     values = yaml.safe_load(Path("params.yaml").read_text())
     if values["shared"]["losses"][loss].get("alpha", 0) > 1:
         sys.exit("focalcal: label_smoothing: alpha must lie in [0, 1), got 7.0.")
-    checkpoints = Path(os.environ.get("FOCALCAL_SCRATCH", "scratch"), study, loss)
+    checkpoints = Path(os.environ.get("FOCALCAL_SCRATCH", "scratch"), study, f"{loss}-{seed}", "key")
     checkpoints.mkdir(parents=True, exist_ok=True)
     if kept := os.environ.get("FOCALCAL_KEEP_CHECKPOINTS"):
         Path(kept).write_text(str(checkpoints))
