@@ -126,7 +126,8 @@ def test_the_command_line_says_what_to_put_where(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fetch, "SOURCES", {"moon": lambda *_: "no ship"})
     with pytest.raises(SystemExit) as stop:
         main(["data", "fashion_mnist"])
-    assert capsys.readouterr().out == "Not from moon: no ship.\n"
+    said = "Looking for fashion_mnist; a download can take minutes.\nNot from moon: no ship.\n"
+    assert capsys.readouterr().out == said
     assert str(stop.value).startswith(
         "focalcal: No source of fashion_mnist could be used (no ship). Put train-images-idx3-ubyte.gz, "
     )
