@@ -47,7 +47,7 @@ data: $(READY)
 	$(call timed,Data: fetched once and verified (Fashion-MNIST: half a minute),python -m compendium data && dvc pull --quiet published/*.dvc)
 
 artifacts: $(READY)
-	dvc pull --allow-missing
+	dvc pull --allow-missing dvc.yaml published/*.dvc
 
 report: $(READY)
 	python -m compendium report
