@@ -77,6 +77,7 @@ def test_ours_and_verdicts_by_hand(table):
     ece = table.loc["digits", "focal1", "ece_percent", "none"]
     assert (ece.ours, ece.seeds, ece.study) == (pytest.approx(6.5), 2, "tiny") and ece.difference == pytest.approx(1.5)
     assert ece.sd == pytest.approx(np.sqrt(0.5)) and ece.verdict == "partial"  # beyond a quarter of 5, within twice 5
+    assert ece.agree == 1  # 7 is partial, too, but 6 is a match
     assert table.loc["digits", "focal1", "ece_percent", "ece"].verdict == "no match"  # 4 against 1
     error = table.loc["digits", "focal1", "error_percent", "none"]
     assert error.verdict == "match"  # 22 against 20 %: two standard errors of 400 samples are 4
@@ -94,6 +95,12 @@ def test_errors_within_two_and_four_standard_errors_or_deviations():
         assert cells.error_verdict(20 + gap * unit, 20, 400, np.nan) == verdict
         assert cells.error_verdict(20 - gap * unit, 20, 400, 0.1) == verdict
         assert cells.error_verdict(20 + gap * 3, 20, 400, 3.0) == verdict  # seeds differ by more
+
+
+def test_matches_of_shuffled_numbers(table):
+    """ECE as trained: ours 6.5 and 2, published 5 and 4: both partial; the other way round 2 against 5 is none."""
+    found = cells.by_chance(table.reset_index()).loc["digits", "ece_percent", "none"]
+    assert found.to_dict() == {"Cells": 2, "Match": 0, "Match shuffled": 0, "No match": 0, "No match shuffled": 0.5}
 
 
 def test_counts(table):

@@ -30,9 +30,12 @@ def test_a_resample_is_measured_as_if_it_were_a_test_set(sharp):
         for row, drawn in enumerate(counts.astype(int)):
             again = np.repeat(np.arange(700), drawn)
             for name, metric in metrics.METRICS.items():
-                tolerance = 4e-3 if name == "adaece" else 1e-5  # ties at its edges may fall on either side
                 value = metric(logits[again], labels[again], masked)
-                assert resampled[name][row] == pytest.approx(value, abs=tolerance), name
+                assert resampled[name][row] == pytest.approx(value, abs=1e-5), name
+    certain = np.tile([1.4, 0.0], (700, 1)), (np.arange(700) % 5 == 0).astype(int)  # one confidence, so one bin
+    expected = metrics.adaptive_ece(*certain), metrics.adaptive_ece(certain[0], certain[1][::-1])
+    again = evidence.resampled_metrics(*certain, np.ones((1, 700), np.float32), ["adaece"])["adaece"]
+    assert expected == pytest.approx((again[0], again[0]), abs=1e-6)
 
 
 def test_the_interval_of_a_mean_is_that_of_theory():
@@ -99,6 +102,12 @@ def test_the_freedom_of_a_difference_by_hand():
     half = stats.t.ppf(0.95, 4) * np.sqrt(0.02)
     assert found["freedom"] == pytest.approx(4) and found["high"] - found["difference"] == pytest.approx(half)
     assert found["p"] == pytest.approx(2 * stats.t.sf(0.3 / np.sqrt(0.02), 4))
+
+    # and two validation sets, 0.2 apart: as much variance again, (3 x 0.01)^2 / (0.01^2 + 0.01^2) = 4.5
+    sets = np.array([[0.1, 0.3], [0.3, 0.5]])
+    found = evidence.difference(sets, np.zeros((2, 2)), drawn, np.zeros((2, 2)))
+    half = stats.t.ppf(0.95, 4.5) * np.sqrt(0.03)
+    assert found["freedom"] == pytest.approx(4.5) and found["high"] - found["difference"] == pytest.approx(half)
 
 
 def test_holm_by_hand():

@@ -49,7 +49,7 @@ rows = list(train.train(run, feed.splits(prepared, torch.device("cpu")), 0))
 (val, test), counts = (run.predictions[split] for split in ("val", "test")), evidence.resamples(60, 20)
 fixed = posthoc.fit("vector", *val)(test[0])
 low, high = evidence.interval(metrics.ece(*test), evidence.resampled_metrics(*test[:2], counts, ["ece"])["ece"], "ece")
-found = calibrate.temperatures(*val) | metrics.calibration_errors(fixed, test[1]) | {"low": low, "high": high}
+found = calibrate.temperatures(*val) | metrics.summary(fixed, test[1]) | {"low": low, "high": high}
 print(len(rows), all(np.isfinite(value) for value in found.values()), sorted(barred & set(sys.modules)))
 """
 DRAW = """

@@ -122,13 +122,6 @@ def test_a_class_that_no_label_names(random):
     assert metrics.classwise_ece(z, y) == pytest.approx(np.mean(each), abs=1e-6)
 
 
-def test_errors_from_one_softmax_are_those_one_by_one(random):
-    together = metrics.calibration_errors(*random)
-    alone = {name: metrics.METRICS[name](*random) for name in ("ece", "adaece", "classwise_ece", "mce")}
-    mean = torch.tensor(random[0]).softmax(1).amax(1).mean().item()
-    assert together == alone | {"confidence": pytest.approx(mean, abs=1e-6)}
-
-
 def test_auroc_by_hand():
     familiar, strange = (np.log([[p, 1 - p] for p in ps]) for ps in ((0.9, 0.6), (0.7, 0.5)))
     assert metrics.auroc(familiar, strange) == metrics.auroc(familiar, strange, "confidence") == 3 / 4
@@ -137,6 +130,8 @@ def test_auroc_by_hand():
     assert (metrics.auroc(one, other), metrics.auroc(one, other, "confidence")) == (0, 1)
     with pytest.raises(ValueError, match="score must be entropy or confidence, got 'confidnce'"):
         metrics.auroc(familiar, strange, "confidnce")
+    with pytest.raises(ValueError, match="logits must have shape"):
+        metrics.auroc(familiar, strange[:, 0])
 
 
 def test_summary_by_hand():
@@ -180,6 +175,13 @@ def test_bad_input_is_named(logits, labels, words):
         metrics.ece(logits, labels)
 
 
+@pytest.mark.parametrize("bins", [0, -1, 15.0])
+def test_bins_are_counted(random, bins):
+    for metric in (metrics.ece, metrics.adaptive_ece, metrics.classwise_ece):
+        with pytest.raises(ValueError, match=f"bins must be a whole number from 1 on, got {bins}"):
+            metric(*random, bins=bins)
+
+
 def test_whole_numbers_are_logits_too():
     small, labels = np.array([[3, 5], [9, 1]], np.uint8), np.array([1, 0])
     for metric in metrics.METRICS.values():
@@ -203,11 +205,11 @@ def test_a_masked_class_is_never_predicted_and_keeps_its_share():
     assert metrics.mce(z, y, (1,)) == pytest.approx(0.8) == metrics.mce(z, y, np.array([1]))
     for plain in (metrics.nll, metrics.brier, metrics.classwise_ece):  # which ask for no prediction
         assert plain(z, y, (1,)) == plain(z, y)
-    found, summary = metrics.calibration_errors(z, y, (1,)), metrics.summary(z, y, (1,))
-    assert found["ece"] == metrics.ece(z, y, (1,)) == summary["ece"] and summary["confidence"] == pytest.approx(0.4)
+    summary = metrics.summary(z, y, (1,))
+    assert summary["ece"] == metrics.ece(z, y, (1,)) and summary["confidence"] == pytest.approx(0.4)
     sure = np.array([[0.0, 500.0, -1.0]])  # far beyond what exp can hold
     assert metrics.confidence_correct(sure, [0], (1,))[0] == pytest.approx(0, abs=1e-30)
-    assert np.isfinite(list(metrics.calibration_errors(sure, np.array([0]), (1,)).values())).all()
+    assert np.isfinite([metric(sure, np.array([0]), (1,)) for metric in metrics.METRICS.values()]).all()
     for masked in ((1, 2), (3,), (-1,)):
         with pytest.raises(ValueError, match="masked must leave 2 of the 3 classes or more"):
             metrics.error(z, y, masked)

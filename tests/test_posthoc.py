@@ -159,3 +159,20 @@ def test_fits_run_to_their_end():
     exact = LogisticRegression(C=100.0, solver="newton-cholesky", tol=1e-10).fit(scaled, labels)
     found = posthoc.fit("matrix", logits, labels)(logits)
     assert np.exp(found) == pytest.approx(exact.predict_proba(scaled), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["histogram", "top_label"])
+def test_a_bin_without_samples_has_the_share_of_its_neighbour(method):
+    """300 confidences of 0.9, 90 % right, and 100 of 0.6, all right: 0.95, beyond them, is as 0.9."""
+    logits = np.log(np.repeat([[0.9, 0.1], [0.6, 0.4]], [300, 100], axis=0))
+    labels = (np.arange(400) % 10 == 0) & (np.arange(400) < 300)
+    found = np.exp(posthoc.fit(method, logits, labels.astype(int))(np.log([[0.95, 0.05], [0.9, 0.1]])))
+    assert found == pytest.approx(np.tile([0.9, 0.1], (2, 1)), abs=1e-3)
+
+
+@pytest.mark.parametrize("method", posthoc.METHODS)
+def test_a_map_refuses_logits_that_do_not_fit(method):
+    apply = posthoc.fit(method, *drawn(200, 0)[:2])
+    for bad, message in ((np.zeros((5, 3)), "fitted on 4 classes"), (np.full((5, 4), np.nan), "NaN")):
+        with pytest.raises(ValueError, match=message):
+            apply(bad)

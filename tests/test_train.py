@@ -310,8 +310,18 @@ def test_every_sample_is_seen_once_shifted_and_flipped_and_the_short_batch_is_ke
 def test_the_short_batch_may_be_left_out(images):
     assert feed.Batches(images["train"], 64, augment=False, drop_last=True).sizes == [64, 64]
     assert feed.Batches(images["train"], 50, augment=False, drop_last=True).sizes == [50, 50, 50]
-    with pytest.raises(ValueError, match="With drop_last, 150 samples give no batch of 200; lower batch_size"):
+    with pytest.raises(ValueError, match="150 samples give no batch of 200; lower batch_size, or drop_last to false"):
         feed.Batches(images["train"], 200, augment=False, drop_last=True)
+    texts = feed.Split(np.zeros((4, 2), np.int64), np.zeros(4, np.int64), torch.device("cpu"))
+    with pytest.raises(ValueError, match="Only images can be augmented"):
+        feed.Batches(texts, 2, augment=True)
+
+
+def test_images_have_their_channels_last():
+    with pytest.raises(
+        ValueError, match=r"Images must be \(N, H, W, 3\), a mean and std per channel; got \(2, 3, 8, 8\)"
+    ):
+        feed.Images(np.zeros((2, 3, 8, 8), np.uint8), np.zeros(2, np.int64), [0.5] * 3, [0.2] * 3, torch.device("cpu"))
 
 
 def test_crop_and_flip_by_hand():

@@ -1,5 +1,7 @@
 """Every published cell of the papers' tables, with ours beside it."""
 
+from itertools import product
+
 import numpy as np
 import pandas as pd
 
@@ -56,6 +58,13 @@ def error_verdict(ours: float, paper: float, samples: int, sd: float) -> str:
     return "match" if gap <= 2 else "partial" if gap <= 4 else "no match"
 
 
+def _verdict(cell, ours: float, paper: float, sd: float = np.nan) -> str:
+    """By the rule of the cell's metric."""
+    if cell.metric == "error_percent":
+        return error_verdict(ours, paper, settings.data(cell.study).test, sd)
+    return runs.verdict(ours, paper)
+
+
 def repeated() -> dict[tuple[str, str], str]:
     """The active studies that repeat a published data set and network and have results: (dataset, network) -> study.
 
@@ -72,26 +81,23 @@ def repeated() -> dict[tuple[str, str], str]:
 def compared() -> pd.DataFrame:
     """``published`` with ours: study, ours (mean over seeds), sd, seeds, difference, verdict; what is owed has none.
 
-    Per cent, but for the NLL. Ours under scaling ece is at the temperature of lowest validation ECE, as the papers'. A
-    number whose source is lost (quality recalled) gets no verdict, and neither does a metric without a rule (NLL,
-    AUROC).
+    Also agree: how many seeds would have that verdict, each taken alone. Per cent, but for the NLL. Ours under scaling
+    ece is at the temperature of lowest validation ECE, as the papers'. A number whose source is lost (quality recalled)
+    gets no verdict, and neither does a metric without a rule (NLL, AUROC).
     """
     table, studies = published(), repeated()
     table["study"] = [studies.get(key, "") for key in zip(table.dataset, table.network, strict=True)]
     tested = {study: runs.metrics(study).query("split == 'test'") for study in studies.values()}
     rows = []
     for cell in table.itertuples():
-        metric, row = METRICS[cell.metric][1], {"ours": np.nan, "sd": np.nan, "seeds": 0, "verdict": ""}
+        metric, row = METRICS[cell.metric][1], {"ours": np.nan, "sd": np.nan, "seeds": 0, "verdict": "", "agree": 0}
         if cell.study and metric:
             here = tested[cell.study].query("loss == @cell.loss and metric == @metric and scaling == @cell.scaling")
             values = here.value * (100 if "percent" in cell.metric else 1)
             row |= {"ours": values.mean(), "sd": values.std(), "seeds": len(values)}
-        if row["seeds"] and cell.quality != "recalled":
-            if metric == "error":
-                samples = settings.data(cell.study).test
-                row["verdict"] = error_verdict(row["ours"], cell.paper, samples, row["sd"])
-            elif metric != "nll":
-                row["verdict"] = runs.verdict(row["ours"], cell.paper)
+        if row["seeds"] and cell.quality != "recalled" and metric != "nll":
+            row["verdict"] = _verdict(cell, row["ours"], cell.paper, row["sd"])
+            row["agree"] = sum(_verdict(cell, value, cell.paper) == row["verdict"] for value in values)
         rows.append(row)
     table = table.join(pd.DataFrame(rows))
     table["difference"] = table.ours - table.paper
@@ -100,6 +106,25 @@ def compared() -> pd.DataFrame:
     elsewhere = table.metric.map(lambda metric: METRICS[metric][1] is None) & (table.study != "")
     table["verdict"] = np.where((table.seeds == 0) & ~elsewhere, owed, table.verdict)
     return table
+
+
+def by_chance(table: pd.DataFrame) -> pd.DataFrame:
+    """How many cells match, by data set, metric and scaling, and how many would if the losses' numbers were shuffled.
+
+    Shuffled: the mean over all orders in which the published numbers may stand beside ours, of all losses that have a
+    verdict there. Columns Cells, Match, Match shuffled, No match, No match shuffled.
+    """
+    judged, rows = table[table.verdict.isin(["match", "partial", "no match"])], {}
+    for key, group in judged.groupby(["dataset", "metric", "scaling"], sort=False):
+        pairs = product(group.itertuples(), group.paper)
+        found = pd.Series([_verdict(cell, cell.ours, paper, cell.sd) for cell, paper in pairs])
+        rows[key] = {"Cells": len(group)}
+        for name, verdict in (("Match", "match"), ("No match", "no match")):
+            rows[key] |= {
+                name: (group.verdict == verdict).sum(),
+                f"{name} shuffled": (found == verdict).mean() * len(group),
+            }
+    return pd.DataFrame.from_dict(rows, "index").rename_axis(["dataset", "metric", "scaling"])
 
 
 def counted(table: pd.DataFrame) -> pd.DataFrame:

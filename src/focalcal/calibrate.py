@@ -13,8 +13,8 @@ GRID = np.arange(1, 101) / 10  # 0.1, 0.2 ... 10.0, the papers' temperatures
 def temperature_by_nll(logits, labels, masked=()) -> float:
     """The temperature T that minimises the NLL of softmax(logits / T) (Guo et al. 2017), to about 1e-6 relative.
 
-    Newton's method on 1 / T, in which the NLL is convex, inside a bracket. T lies in [0.01, 100]: at 0.01 where all
-    samples are classified correctly, within a thousandth of 100 where labels have nothing to do with the logits.
+    Newton's method on 1 / T, in which the NLL is convex, inside a bracket. T lies in [0.01, 100]: at 0.01 where no
+    logit is above the label's, within a thousandth of 100 where labels have nothing to do with the logits.
     """
     logits, labels = metrics.check(logits, labels)
     z = logits - logits.max(axis=1, keepdims=True)
@@ -144,11 +144,10 @@ def measure(splits: dict, chosen: dict[str, float]) -> list[dict]:
     splits: name -> (logits, labels) or (logits, labels, masked); chosen: scaling -> temperature.
     """
     rows = []
-    for split, (logits, *labels) in splits.items():
+    for split, (logits, *rest) in splits.items():
         for scaling, temperature in chosen.items():
             scaled = logits / temperature
-            values = metrics.calibration_errors(scaled, *labels)
-            values |= {name: metrics.METRICS[name](scaled, *labels) for name in metrics.METRICS if name not in values}
-            for name in (*metrics.METRICS, "confidence"):
-                rows.append({"split": split, "scaling": scaling, "metric": name, "value": values[name]})
+            values = {name: metric(scaled, *rest) for name, metric in metrics.METRICS.items()}
+            values["confidence"] = float(metrics.confidence_correct(scaled, *rest)[0].mean(dtype=np.float64))
+            rows += [{"split": split, "scaling": scaling, "metric": name, "value": x} for name, x in values.items()]
     return rows

@@ -28,7 +28,7 @@ def resamples(samples: int, count: int = RESAMPLES, seed: int = 0) -> np.ndarray
 def resampled_metrics(logits, labels, counts, names=tuple(metrics.METRICS), masked=()) -> dict[str, np.ndarray]:
     """The named metrics of metrics.METRICS on every resample: name -> (len(counts),).
 
-    As there, but for rounding; bins of equal mass are cut anew in every resample, at whole samples.
+    As there, but for rounding; bins of equal mass are cut anew in every resample.
     """
     logits, labels = metrics.check(logits, labels)
     n, bins, samples = len(labels), metrics.BINS, np.arange(len(labels))
@@ -53,14 +53,14 @@ def resampled_metrics(logits, labels, counts, names=tuple(metrics.METRICS), mask
 
 
 def _equal_mass(confidence, residual, counts, bins: int) -> np.ndarray:
-    """Adaptive ECE on every resample."""
-    order, n = np.argsort(confidence, kind="stable"), len(confidence)
-    residual, wanted, errors = residual[order], n * np.arange(1, bins) / bins - 0.5, np.zeros(len(counts))
+    """Adaptive ECE on every resample; samples of one confidence share a bin."""
+    order, n, errors = np.argsort(confidence, kind="stable"), len(confidence), np.zeros(len(counts))
+    residual, last = residual[order], np.searchsorted(confidence[order], confidence[order], "right")
     for row, unordered in enumerate(counts):
         drawn = unordered[order]
-        ends = np.searchsorted(np.cumsum(drawn) - drawn, wanted)
-        inside = zip(np.split(drawn, ends), np.split(residual, ends), strict=True)
-        errors[row] = sum(abs(times @ residuals) for times, residuals in inside) / n
+        edges = np.searchsorted(np.cumsum(drawn) - drawn, n * np.arange(1, bins) / bins, "right") - 1
+        total = np.append(0, np.cumsum(drawn * residual, dtype=np.float64))
+        errors[row] = np.abs(np.diff(total[[0, *last[edges], n]])).sum() / n
     return errors
 
 
@@ -104,19 +104,23 @@ def interval(value: float, resampled: np.ndarray, metric: str) -> tuple[float, f
 def difference(ours: np.ndarray, theirs: np.ndarray, resampled_ours, resampled_theirs) -> dict[str, float]:
     """Mean paired difference of a metric between two losses, its interval and p-value.
 
-    ours, theirs: a value per seed (S,); resampled_*: (S, resamples), from the same resamples. The standard error joins
-    that of the sets (bootstrap of the mean over seeds; it counts as known, though that of a validation set may come
-    from few draws) and that of the seeds (their differences' standard deviation / sqrt(S)); with one seed the second
-    is unknown and left out. Student's t with Satterthwaite's degrees of freedom (``freedom``; infinite with one seed).
+    ours, theirs: a value per seed (S,), or per seed and validation set (S, V); resampled_*: (S, resamples), from the
+    same resamples. The standard error joins that of the resampled sets (bootstrap of the mean over seeds; it counts as
+    known, though that of a validation set may come from few draws), that of the seeds (their differences' standard
+    deviation / sqrt(S)) and that of the V validation sets (likewise); what there is one of is unknown and left out.
+    Student's t with Satterthwaite's degrees of freedom (``freedom``; infinite with one seed and one validation set).
     Far in its tail, below SMALLEST, that is no approximation any more. Values in one place are of one seed; where one
     loss has more seeds, the first ones count. NaN resamples are left out.
     """
     seeds = min(len(ours), len(theirs))
-    gap = np.asarray(ours)[:seeds] - np.asarray(theirs)[:seeds]
-    of_test = np.nanvar((np.asarray(resampled_ours)[:seeds] - resampled_theirs[:seeds]).mean(axis=0), ddof=1)
-    of_seeds = gap.var(ddof=1) / seeds if seeds > 1 else 0.0
-    error = np.sqrt(of_test + of_seeds)
-    freedom = (seeds - 1) * (of_test + of_seeds) ** 2 / of_seeds**2 if of_seeds > 0 else np.inf
+    gap = np.reshape(np.asarray(ours)[:seeds] - np.asarray(theirs)[:seeds], (seeds, -1))
+    variance = np.nanvar((np.asarray(resampled_ours)[:seeds] - resampled_theirs[:seeds]).mean(axis=0), ddof=1)
+    unsure = 0.0  # of the variance: sum of squares over degrees of freedom
+    for means in (gap.mean(axis=1), gap.mean(axis=0)):
+        if len(means) > 1:
+            variance += means.var(ddof=1) / len(means)
+            unsure += (means.var(ddof=1) / len(means)) ** 2 / (len(means) - 1)
+    error, freedom = np.sqrt(variance), variance**2 / unsure if unsure > 0 else np.inf
     p = float(gap.mean() == 0) if error == 0 else 2 * stats.t.sf(abs(gap.mean()) / error, freedom)
     half = stats.t.ppf((1 + LEVEL) / 2, freedom) * error
     ends = {"low": gap.mean() - half, "high": gap.mean() + half}

@@ -30,18 +30,20 @@ class Split:
         """What the network is given in evaluation of the samples ``at``, a slice or numbers (n,)."""
         return self.inputs[at]
 
-    def training_batch(self, at: Tensor, offsets: Tensor | None = None, flips: Tensor | None = None):
-        """What the network is given in training, and labels; offsets and flips of crop_and_flip augment images."""
+    def training_batch(self, at: Tensor):
+        """What the network is given in training, and labels."""
         return self.batch(at), self.labels[at]
 
 
 class Images(Split):
-    """Images, kept as uint8 (N, C, H, W) and normalised batch by batch.
+    """Images, uint8 (N, H, W, C), kept as (N, C, H, W) and normalised batch by batch.
 
-    mean, std: per channel, of pixel values in [0, 1].
+    mean, std: (C,), of pixel values in [0, 1]. Raises ValueError where their number is not that of the channels.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, mean, std, on: torch.device):
+        if images.ndim != 4 or not images.shape[-1] == len(mean) == len(std):
+            raise ValueError(f"Images must be (N, H, W, {len(mean)}), a mean and std per channel; got {images.shape}.")
         super().__init__(images, labels, on)
         self.inputs = self.inputs.permute(0, 3, 1, 2)
         scale = 255 * torch.as_tensor(std, dtype=torch.float32)
@@ -56,6 +58,7 @@ class Images(Split):
         return self.normalise(self.inputs[at])
 
     def training_batch(self, at: Tensor, offsets: Tensor | None = None, flips: Tensor | None = None):
+        """As of any split; offsets and flips of crop_and_flip augment."""
         images = self.inputs[at]
         if offsets is not None:
             images = crop_and_flip(images, offsets, flips)
@@ -106,7 +109,7 @@ class Trees(Split):
     def batch(self, at) -> TreeBatch:
         return self._nodes(torch.arange(len(self))[at])[0]
 
-    def training_batch(self, at: Tensor, offsets: Tensor | None = None, flips: Tensor | None = None):
+    def training_batch(self, at: Tensor):
         """The trees, and the labels of their nodes, in the order of the batch."""
         batch, nodes = self._nodes(at)
         return batch, self.node_labels[nodes].to(self.labels.device)
@@ -138,7 +141,7 @@ def gaussian_noise(images: np.ndarray, severity: int) -> np.ndarray:
 
     x / 255 + N(0, s^2), clipped to [0, 1] and cut to whole numbers; the noise depends on the severity alone.
     """
-    if severity not in range(1, 6):
+    if not isinstance(severity, int) or not 1 <= severity <= 5:
         raise ValueError(f"severity must be a whole number from 1 to 5, got {severity!r}.")
     noise = np.random.default_rng(severity).normal(0, SEVERITIES[severity - 1], images.shape).astype(np.float32)
     return (np.clip(images / np.float32(255) + noise, 0, 1) * 255).astype(np.uint8)
@@ -174,13 +177,15 @@ class Batches:
     """
 
     def __init__(self, split: Split, batch_size: int, augment: bool, drop_last: bool = False):
+        if augment and not isinstance(split, Images):
+            raise ValueError("Only images can be augmented; set augment to false.")
         n, on = len(split), split.labels.device
         self.split, self.augment = split, augment
         self.sizes = [min(batch_size, n - first) for first in range(0, n, batch_size)]
-        if drop_last and self.sizes[-1] < batch_size:
+        if drop_last and self.sizes and self.sizes[-1] < batch_size:
             self.sizes.pop()
         if not self.sizes:
-            raise ValueError(f"With drop_last, {n} samples give no batch of {batch_size}; lower batch_size.")
+            raise ValueError(f"{n} samples give no batch of {batch_size}; lower batch_size, or drop_last to false.")
         self.order, self.offsets, self.flips = (t.to(on) for t in epoch_randomness(0, 0, n))
         self.first, self.number = (torch.zeros(1, dtype=torch.long, device=on) for _ in range(2))
 

@@ -185,9 +185,10 @@ def focal_brier(logits: Tensor, labels: Tensor, gamma: float = 3.0, weight: floa
 def soft_rank(values: Tensor, strength: float) -> Tensor:
     """Ascending soft ranks (n,) in [1, n] of values (n,), differentiable (Blondel et al. 2020, l2-regularised).
 
-    strength > 0: towards 0 they become the ranks; where the values lie within strength x n / 2 of each other they are
-    (n + 1) / 2 + (value - mean) / strength. The non-increasing fit m_k = min over i <= k of max over j >= k of
-    mean(y_i ... y_j) to y = s - w, s the sorted values and w their ranks, needs no loop.
+    strength > 0: towards 0 they become the ranks (in float32 down to 0.001: below, sums cancel); where the values lie
+    within strength x n / 2 of each other they are (n + 1) / 2 + (value - mean) / strength. The non-increasing fit m_k =
+    min over i <= k of max over j >= k of mean(y_i ... y_j) to y = s - w, s the sorted values and w their ranks, needs
+    no loop.
     """
     n = len(values)
     s, order = (values / strength).sort(descending=True, stable=True)
@@ -213,8 +214,8 @@ def aurc(logits: Tensor, labels: Tensor, strength: float = 0.05) -> Tensor:
     The area under the risk-coverage curve as a training loss, with cross-entropy as the risk: the surer a prediction,
     the more it weighs, and the gradient flows through the weight. (The released code's default, its gamma = 1.)
     """
-    if not 0 < strength < float("inf"):
-        raise ValueError(f"aurc: strength must be above 0, got {strength}.")
+    if not 1e-3 <= strength < float("inf"):
+        raise ValueError(f"aurc: strength must be 0.001 or larger, got {strength}.")
     rank = soft_rank(_negative_entropy(logits), strength)
     return -torch.log1p(-rank / (len(labels) + 1)) * cross_entropy(logits, labels)
 
@@ -233,8 +234,8 @@ def aurc_hard(logits: Tensor, labels: Tensor) -> Tensor:
 def quality_focal(logits: Tensor, targets: Tensor, beta: float = 2.0) -> Tensor:
     """|y - q|^beta x binary cross-entropy of q = sigmoid(logit) to y, elementwise [Q].
 
-    targets: y in [0, 1], of any shape, that of logits and of the result. The weight is differentiated; the minimum is
-    0, at q = y. For y in {0, 1} it is the binary focal loss with gamma = beta.
+    targets: y in [0, 1], of any shape, that of logits and of the result. The weight is differentiated; the minimum
+    is at q = y: 0, or for beta = 0 the entropy of y. For y in {0, 1} it is the binary focal loss with gamma = beta.
     """
     _not_negative("quality_focal: beta", beta)
     gap = (targets - logits.sigmoid()).abs()
@@ -319,10 +320,10 @@ class AdaFocal(nn.Module):
         """One step from the validation set: confidence (N,) float32 in [0, 1] and correct (N,) bool.
 
         Bins are those of the adaptive ECE; an empty one (many equal confidences) keeps its gamma. Computed on the CPU,
-        so that every device adds up in the same order. Raises ValueError for an empty validation set.
+        so that every device adds up in the same order. Raises ValueError for an empty validation set and for NaN.
         """
-        if len(confidence) < 1:
-            raise ValueError("AdaFocal.update needs at least one validation sample.")
+        if len(confidence) < 1 or not np.isfinite(confidence).all():
+            raise ValueError("AdaFocal.update needs at least one validation sample, and confidences that are finite.")
         edges = metrics.equal_mass_edges(confidence, len(self.gamma))
         count, confidence_sum, correct_sum = metrics.bin_sums(confidence, correct, edges)
         gap = (confidence_sum - correct_sum) / np.maximum(count, 1)

@@ -77,9 +77,16 @@ def _softmax(logits: np.ndarray, masked=()) -> tuple[np.ndarray, np.ndarray, np.
     return 1 / relative.sum(axis=1), predicted, relative
 
 
+def _ends(largest: int, bins: int) -> np.ndarray:
+    """bins + 1 numbers from 0 to the largest, evenly spaced; ValueError for bins that cannot be."""
+    if not isinstance(bins, int | np.integer) or bins < 1:
+        raise ValueError(f"bins must be a whole number from 1 on, got {bins!r}.")
+    return np.linspace(0, largest, bins + 1)
+
+
 def equal_width_edges(bins: int = BINS) -> np.ndarray:
     """bins + 1 edges from 0 to 1, float32."""
-    return np.linspace(0, 1, bins + 1).astype(np.float32)
+    return _ends(1, bins).astype(np.float32)
 
 
 def equal_width_index(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
@@ -94,7 +101,7 @@ def equal_width_index(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
 def equal_mass_edges(confidence: np.ndarray, bins: int = BINS) -> np.ndarray:
     """bins + 1 edges with (nearly) the same number of samples between them, float32 (published AdaECE edges)."""
     n = len(confidence)
-    return np.interp(np.linspace(0, n, bins + 1), np.arange(n), np.sort(confidence)).astype(np.float32)
+    return np.interp(_ends(n, bins), np.arange(n), np.sort(confidence)).astype(np.float32)
 
 
 def bin_index(values, edges) -> np.ndarray:
@@ -161,13 +168,9 @@ def classwise_ece(logits, labels, masked=(), bins: int = BINS) -> float:
     """Mean over classes 0..max(label) of the ECE of that class's probability (Kull et al. 2019)."""
     logits, labels = _checked(logits, labels)
     confidence, _, relative = _softmax(logits)
-    return _classwise(relative * confidence[:, None], labels, bins)
-
-
-def _classwise(probs: np.ndarray, labels: np.ndarray, bins: int) -> float:
-    """Classwise ECE of float32 probabilities (N, K)."""
-    classes, residual = labels.max() + 1, np.zeros((bins, probs.shape[1]))
+    probs = relative * confidence[:, None]
     above = np.flatnonzero(probs > equal_width_edges(bins)[1])  # few; the first bin has what is left of all sums
+    classes, residual = labels.max() + 1, np.zeros((bins, probs.shape[1]))
     value, kind = probs.ravel()[above], above % probs.shape[1]
     np.add.at(residual, (equal_width_index(value, bins), kind), value.astype(np.float64))
     residual[0] = probs.sum(axis=0, dtype=np.float64) - residual.sum(axis=0)
@@ -178,10 +181,10 @@ def _classwise(probs: np.ndarray, labels: np.ndarray, bins: int) -> float:
 
 def strangeness(logits, score: str = "entropy") -> np.ndarray:
     """What ``auroc`` compares, (N,): the entropy of the softmax in nats, or, for 'confidence', less its largest
-    log-probability. ValueError for another score."""
+    log-probability. ValueError for another score, and for logits (N, K) that are none."""
     if score not in ("entropy", "confidence"):
         raise ValueError(f"score must be entropy or confidence, got {score!r}.")
-    log_probs = log_softmax(np.asarray(logits, np.float64))
+    log_probs = log_softmax(check(logits, np.zeros(len(logits), int))[0])
     return -log_probs.max(axis=1) if score == "confidence" else -(np.exp(log_probs) * log_probs).sum(axis=1)
 
 
@@ -195,22 +198,6 @@ def auroc(in_logits, out_logits, score: str = "entropy") -> float:
 
     is_out = np.repeat([0, 1], [len(in_logits), len(out_logits)])
     return float(roc_auc_score(is_out, np.concatenate([strangeness(in_logits, score), strangeness(out_logits, score)])))
-
-
-def calibration_errors(logits, labels, masked=(), bins: int = BINS) -> dict[str, float]:
-    """ECE, adaptive ECE, classwise ECE and MCE, named as in METRICS, and the mean confidence, from one softmax."""
-    logits, labels = _checked(logits, labels)
-    confidence, predicted, relative = _softmax(logits, masked)
-    correct, edges = predicted == labels, equal_width_edges(bins)
-    count, confident, right = bin_sums(confidence, correct, edges)
-    gaps = np.abs(confident - right)
-    return {
-        "ece": float(gaps.sum() / count.sum()),
-        "adaece": calibration_error(confidence, correct, equal_mass_edges(confidence, bins)),
-        "classwise_ece": _classwise(relative * confidence[:, None], labels, bins),
-        "mce": float((gaps / np.maximum(count, 1)).max()),
-        "confidence": float(confident.sum() / count.sum()),
-    }
 
 
 METRICS = {  # the order of the results table

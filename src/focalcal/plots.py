@@ -40,7 +40,7 @@ STYLE = {
     "quality_bce": ("QFL, β = 0", "#117733", "--"),
     "no_dfl": ("QFL, β = 2, no DFL", "#D55E00", ":"),
 }
-SPARE = ("#CC3311", "#0077BB", "#EE3377", "#009988", "#AA7744", "#332288")  # for losses that users add
+SPARE = ("#661100", "#0077BB", "#EE3377", "#009988", "#AA7744", "#332288")  # for losses that users add
 
 THEME = {  # for seaborn.set_theme(rc=THEME) in a notebook's set-up cell
     "figure.dpi": 110,

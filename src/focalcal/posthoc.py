@@ -25,11 +25,6 @@ def _log(probs: np.ndarray) -> np.ndarray:
     return np.log(probs / probs.sum(axis=1, keepdims=True))
 
 
-def none(logits, labels):
-    """The network as trained."""
-    return metrics.log_softmax
-
-
 def temperature(logits, labels, masked=(), scaling="nll"):
     """One temperature, chosen by calibrate.FITS: of lowest NLL [G, sec. 4.2] or of lowest ECE [M, sec. 5]."""
     found = calibrate.FITS[scaling](logits, labels, masked)
@@ -62,7 +57,7 @@ def matrix(logits, labels):
 
     Its factors are held to 0 (STRENGTH), on which results depend. A class that is missing in the labels gets TINY.
     """
-    scale = np.abs(logits).max()
+    scale = np.abs(logits).max() or 1.0
     model = LogisticRegression(C=STRENGTH, solver="newton-cg", tol=1e-8, max_iter=2000).fit(logits / scale, labels)
 
     def apply(z):
@@ -85,16 +80,21 @@ def isotonic(logits, labels):
     return apply
 
 
+def _equal_mass(confidence, correct, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """Edges of the bins of equal mass that hold samples, and the share that is right in each."""
+    edges = metrics.equal_mass_edges(confidence, bins)
+    count, _, right = metrics.bin_sums(confidence, correct, edges)
+    return np.append(edges[0], edges[1:][count > 0]), right[count > 0] / count[count > 0]
+
+
 def histogram(logits, labels, bins: int = metrics.BINS):
     """The share of each class in bins of equal mass of its probability, one against the rest, scaled to sum 1 [Z]."""
     probs = np.exp(metrics.log_softmax(logits))
-    edges = [metrics.equal_mass_edges(p, bins) for p in probs.T]
-    sums = [metrics.bin_sums(p, labels == k, e) for k, (p, e) in enumerate(zip(probs.T, edges, strict=True))]
-    shares = [right / np.maximum(count, 1) for count, _, right in sums]
+    maps = [_equal_mass(p, labels == k, bins) for k, p in enumerate(probs.T)]
 
     def apply(z):
         columns = np.exp(metrics.log_softmax(z)).T
-        found = [share[metrics.bin_index(p, e)] for share, p, e in zip(shares, columns, edges, strict=True)]
+        found = [shares[metrics.bin_index(p, edges)] for (edges, shares), p in zip(maps, columns, strict=True)]
         return _log(np.stack(found, axis=1))
 
     return apply
@@ -114,9 +114,8 @@ def top_label(logits, labels, masked=(), bins: int = metrics.BINS):
         return is_top, np.exp(metrics.log_softmax(z))[is_top]
 
     is_top, confidence = top(logits)
-    edges = metrics.equal_mass_edges(confidence, bins)
-    count, _, right = metrics.bin_sums(confidence, is_top[np.arange(len(labels)), labels], edges)
-    accuracy = np.maximum(right / np.maximum(count, 1), hair / classes)
+    edges, accuracy = _equal_mass(confidence, is_top[np.arange(len(labels)), labels], bins)
+    accuracy = np.maximum(accuracy, hair / classes)
 
     def apply(z):
         is_top, confidence = top(z)
@@ -154,7 +153,7 @@ def focal_temperature(logits, labels):
 
 
 METHODS = {  # the order of tables
-    "none": none,
+    "none": lambda logits, labels: metrics.log_softmax,  # the network as trained
     "temperature_nll": temperature,
     "temperature_ece": partial(temperature, scaling="ece"),
     "focal_temperature": focal_temperature,
@@ -167,9 +166,20 @@ METHODS = {  # the order of tables
 
 
 def fit(method: str, logits, labels, masked=()):
-    """The map called ``method``, fitted on validation logits (N, K) and labels (N,); masked: see metrics."""
+    """The map called ``method``, fitted on validation logits (N, K) and labels (N,); masked: see metrics.
+
+    A constant added to a row's logits, which softmax ignores, changes vector and matrix scaling, and no other method.
+    Raises ValueError for an unknown method, and for logits that do not fit.
+    """
     if method not in METHODS:
         raise ValueError(f"Unknown method '{method}'; choose one of: {', '.join(METHODS)}.")
     logits, labels = metrics.check(logits, labels)
-    apply = METHODS[method](logits, labels, *([masked] if method in ("temperature_ece", "top_label") else []))
-    return lambda z: apply(np.asarray(z, np.float64))
+    found = METHODS[method](logits, labels, *([masked] if method in ("temperature_ece", "top_label") else []))
+
+    def apply(z):
+        z, _ = metrics.check(z, np.zeros(len(z), int))
+        if z.shape[1] != logits.shape[1]:
+            raise ValueError(f"'{method}' was fitted on {logits.shape[1]} classes, but got logits of {z.shape[1]}.")
+        return found(z)
+
+    return apply

@@ -50,19 +50,13 @@ class GlobalPoolCNN(nn.Module):
         longest = tokens.shape[1]
         lengths = (tokens != 0).sum(dim=1)
         order = lengths.argsort(stable=True)
-        parts, group = [], []
+        groups, widths = [[]], (lengths + RECEPTIVE_FIELD).clamp_max(longest).tolist()
         for document in order.tolist():
-            width = min(longest, int(lengths[document]) + RECEPTIVE_FIELD)
-            if group and width * (len(group) + 1) > GROUP:
-                parts.append(self._group(tokens, group, lengths))
-                group = []
-            group.append(document)
-        parts.append(self._group(tokens, group, lengths))
+            if groups[-1] and widths[document] * (len(groups[-1]) + 1) > GROUP:
+                groups.append([])
+            groups[-1].append(document)
+        parts = [self.features(tokens[group, -widths[group[-1]] :]) for group in groups]
         return torch.cat(parts)[order.argsort()]
-
-    def _group(self, tokens: Tensor, group: list[int], lengths: Tensor) -> Tensor:
-        width = min(tokens.shape[1], int(lengths[group[-1]]) + RECEPTIVE_FIELD)
-        return self.features(tokens[group, -width:])
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (n, num_classes) of documents: tokens int64 (n, L), padded with zeros in front."""
