@@ -1,11 +1,15 @@
-# make results    environment, data, trainings, analyses; ends with the tables     make test      the quick tests
-# make everything all that dvc repro can make anew                              make test-all  whole runs, too (README)
-# make artifacts  the committed results' histories, logits and notebooks, without training
-# make lab        JupyterLab on the notebooks     make report   a static site in site/ of what results or artifacts left
-# make grid       trainings at once, on every core or GPU; GRID="--executor slurm" on a cluster (docs/grid.md)
-# make bench      speed beside stock loops        make notebooks  what they made, into them, before a commit
-# make lock       requirements.txt anew from pyproject.toml
-# make clean      removes .venv and artifacts/, also what `compendium train` left there and nobody published
+# make results      environment, data, trainings, analyses; ends with the tables
+# make everything   all that dvc repro can make anew
+# make artifacts    the committed results' histories, logits and notebooks, without training
+# make test         the quick tests      make test-all   whole runs, too (README)
+# make lab          JupyterLab on the notebooks
+# make report       a static site in site/ of what results or artifacts left
+# make grid         trainings at once, on every core or GPU; GRID="--executor slurm" on a cluster (docs/grid.md)
+# make bench        speed beside stock loops
+# make notebooks    what they made, into them, before a commit
+# make lock         requirements.txt anew from pyproject.toml
+# make environment  .venv alone          make data       that, and the data
+# make clean        removes .venv and artifacts/, also what `compendium train` left there and nobody published
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -22,7 +26,12 @@ define timed
 	@echo "== $(1)"; begun=$$(date +%s); $(2) && echo "== done in $$(( $$(date +%s) - begun )) s"
 endef
 
-.PHONY: results everything data artifacts report test test-all test-whole test-slurm bench lab notebooks lock grid clean
+.PHONY: help environment results everything data artifacts report test test-all test-whole test-slurm bench lab notebooks lock grid clean
+
+help:
+	@sed -n 's/^# //p;/^$$/q' Makefile
+
+environment: $(READY)
 
 results: data
 	$(call timed,Trainings: as many at once as there are GPUs or cores (study fashion on two cores: 5 to 20 minutes),\

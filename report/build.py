@@ -520,7 +520,8 @@ def build(out: Path) -> None:
     here = [name for name in (*chosen["studies"], *chosen["analysed"]) if intervals(name).is_file()]
     here = [name for name in here if (paths.study(name) / "temperatures.csv").is_file()]
     if first not in here:
-        raise ValueError(f"Study '{first}' leads the report, and has not been analysed yet; run `dvc repro` first.")
+        advice = "`make artifacts` fetches what is committed, `make results` makes it"
+        raise ValueError(f"Study '{first}' leads the report, and has not been analysed yet; {advice}.")
     studies = list(dict.fromkeys([first, *here]))  # `make results` leaves two of them
     work = paths.root() / "artifacts" / "report"  # MyST-NB leaves copies of the notebooks beside what it builds
     source, built = work / "source", work / "html"

@@ -132,8 +132,17 @@ def test_the_command_line_says_what_to_put_where(tmp_path, monkeypatch, capsys):
         "focalcal: No source of fashion_mnist could be used (no ship). Put train-images-idx3-ubyte.gz, "
     )
     assert "set FOCALCAL_DATA to it and run this again" in str(stop.value)
-    with pytest.raises(SystemExit, match="focalcal: 'digits' is not fetched; data sets that are: fashion_mnist, "):
+    with pytest.raises(SystemExit, match=r"focalcal: 'digits' is not fetched .*; data sets that are: fashion_mnist, "):
         main(["data", "digits"])
+
+
+def test_a_slip_in_the_name_of_a_loss_shows_before_anything_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = parameters()
+    values["active"]["losses"] = ["focl1"]
+    write_parameters(tmp_path, values)
+    with pytest.raises(SystemExit, match="Unknown loss 'focl1'; params.yaml lists under shared.losses: "):
+        main(["data"])
 
 
 def test_without_names_the_active_studies_data_are_fetched(tmp_path, monkeypatch, capsys):

@@ -41,6 +41,7 @@ def test_reliability_bars_are_accuracies_and_gaps_reach_to_the_confidence(ax):
 def test_of_many_losses_some_are_coloured(ax):
     table = pd.DataFrame({loss: [1.0, 2.0] for loss in ("cross_entropy", "focal3", "brier")})
     assert plots.among(list(table), "focal3", "adafocal") == ["focal3"]
+    assert plots.among(["mine", *table], "focal3") == ["focal3", "mine"], "a user's own loss is always shown"
     plots.curves(ax, table, bright=["focal3"])
     colours = {line.get_label(): line.get_color() for line in ax.lines}
     assert colours[plots.label("focal3")] == plots.style("focal3")["color"]

@@ -79,7 +79,7 @@ def test_two_standard_deviations():
 
 
 def test_what_is_not_there_is_named(here):
-    with pytest.raises(SystemExit, match="Of tiny no 'focal1 7' is here, but: focal1 0, focal1 1; `dvc pull"):
+    with pytest.raises(SystemExit, match="Of tiny no 'focal1 7' is here, but: focal1 0 1; `dvc pull"):
         main(["verify", "tiny", "focal1", "7"])
     with pytest.raises(SystemExit, match="'tinny' is no published study; published are: tiny."):
         main(["verify", "tinny", "focal1", "0"])

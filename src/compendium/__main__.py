@@ -7,7 +7,7 @@ from pathlib import Path
 VERBS = {  # verb -> what it does, an example
     "data": ("Fetch raw data sets, and verify them.", "compendium data cifar10 svhn"),
     "train": (
-        "Train losses of a study outside the pipeline, together on the same batches.",
+        "Train losses of a study on the same batches, outside the pipeline (which may delete them: publish them).",
         "compendium train cifar10-resnet50 cross_entropy focal3 --seed 0",
     ),
     "assess": (
@@ -19,8 +19,8 @@ VERBS = {  # verb -> what it does, an example
         "compendium publish pack cifar10-resnet50",
     ),
     "verify": (
-        "Train a published run again, and compare every number.",
-        "compendium verify fashion-350 adafocal 0",
+        "Train a published run again, for minutes to hours (docs/verify.md), and compare every number.",
+        "compendium verify fashion-4500 focal3 1",
     ),
     "grid": (
         "Run many stages at once: on the cores or GPUs of this machine, or on a Slurm cluster.",
@@ -49,9 +49,11 @@ def parser() -> argparse.ArgumentParser:
     )
     made["data"].add_argument("--prepare", metavar="STUDY", help="instead, write artifacts/STUDY/prepared.npz")
 
-    made["train"].add_argument("study")
-    made["train"].add_argument("loss", nargs="+")
-    made["train"].add_argument("--seed", type=int, default=0)
+    made["train"].add_argument("study", help="its name under studies in params.yaml")
+    made["train"].add_argument("loss", nargs="+", help="names under shared.losses in params.yaml")
+    made["train"].add_argument(
+        "--seed", type=int, default=0, help="of the network's first weights and the order of samples"
+    )
 
     made["assess"].add_argument("study", help="a new name for these models together")
     made["assess"].add_argument("file", nargs="+", type=Path, help="MODEL.npz with val_logits, val_labels and test_...")
@@ -65,8 +67,8 @@ def parser() -> argparse.ArgumentParser:
     adding = commands.add_parser("add", help="here: into published/STUDY, pinned by published/STUDY.dvc")
     adding.add_argument("file", nargs="+", type=Path)
 
-    made["verify"].add_argument("study")
-    made["verify"].add_argument("loss")
+    made["verify"].add_argument("study", help="a file of published/, without .dvc")
+    made["verify"].add_argument("loss", help="a name under shared.losses in params.yaml")
     made["verify"].add_argument("seed", type=int)
 
     commands = made["grid"].add_subparsers(dest="command", required=True)
@@ -85,7 +87,9 @@ def parser() -> argparse.ArgumentParser:
 
     made["notebook"].add_argument("notebook", type=Path)
     made["notebook"].add_argument("out", type=Path)
-    made["notebook"].add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    made["notebook"].add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter"
+    )
     folders = made["notebook"].add_mutually_exclusive_group()
     folders.add_argument("--strip", action="store_true", help="strip the notebooks of a folder into another")
     folders.add_argument("--fill", action="store_true", help="put outputs from artifacts into a folder")

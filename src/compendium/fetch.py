@@ -261,7 +261,8 @@ def fetch(name: str, folder: Path) -> None:
     fetched, and FileNotFoundError, saying what to put where, if no source has the data.
     """
     if name not in (*FETCHED, *TEXTS):
-        raise ValueError(f"'{name}' is not fetched; data sets that are: {', '.join((*FETCHED, *TEXTS))}.")
+        known = ", ".join((*FETCHED, *TEXTS))
+        raise ValueError(f"'{name}' is not fetched (own files are used as they are); data sets that are: {known}.")
     folder.mkdir(parents=True, exist_ok=True)
     wanted = files(name) if name not in TEXTS or name == "sst" else {}
     for file, md5 in wanted.items():
@@ -293,9 +294,14 @@ def fetch(name: str, folder: Path) -> None:
 def fetch_all(names: list[str]) -> None:
     """Fetch these data sets into data/; without names, what the active studies need, and Fashion-MNIST (data.dvc).
 
+    Without names the settings of the active studies and losses are checked, too, before anything is fetched.
     What only chapter 9 uses (``shifted``) is left out, with a message, where it cannot be had.
     """
-    studies = [] if names else [settings.data(study) for study in settings.active()["studies"]]
+    chosen = {"studies": []} if names else settings.active()
+    studies = [settings.data(study) for study in chosen["studies"]]
+    for study in chosen["studies"]:
+        for loss in chosen["losses"]:
+            settings.training(study, loss)  # a slip shows now, and not after an hour of trainings
     needed = [GLOVE.get(study.vectors) for study in studies if study.vectors] + [study.dataset for study in studies]
     for name in dict.fromkeys(names or [*needed, "fashion_mnist"]):
         if name in (*FETCHED, *TEXTS) or names:

@@ -73,6 +73,8 @@ def cluster(path: Path | None = None) -> Cluster:
     """Settings from a YAML file, by default slurm.yaml if there is one; ValueError in one sentence for a bad file."""
     if path is None and not (path := paths.root() / "slurm.yaml").exists():
         return Cluster()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}, of --cluster, is missing; docs/slurm.yaml is a template.")
     try:
         values = parse_yaml(path.read_text("utf-8"), path)  # YAML 1.2, to which 12:00:00 is no number
     except YAMLFileCorruptedError as problem:
@@ -430,7 +432,9 @@ def opened(name: str | None) -> Grid:
     """The grid of this name, or the newest."""
     found = _started()
     if not found or name not in (None, *found):
-        raise ValueError(f"There is no such grid; started here: {', '.join(found) or 'none'}.")
+        raise ValueError(
+            f"There is no such grid; started here: {', '.join(found)}." if found else "No grid was started here."
+        )
     folder = paths.scratch().resolve() / "grid" / (name or found[-1])
     return Grid(**json.loads((folder / "grid.json").read_text()) | {"folder": folder})
 

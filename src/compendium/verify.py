@@ -48,9 +48,11 @@ def verify(study: str, loss: str, seed: int) -> int:
         known = ", ".join(sorted(path.stem for path in published.parent.glob("*.dvc")))
         raise ValueError(f"'{study}' is no published study; published are: {known or 'none'}.")
     if published.is_dir() and not run.is_dir():
-        known = sorted(f"{path.parent.name} {path.name}" for path in published.glob("runs/*/*"))
+        known = [
+            f"{path.name} {' '.join(sorted(seed.name for seed in path.iterdir()))}" for path in published.glob("runs/*")
+        ]
         pull = f"`dvc pull published/{study}.dvc` fetches what has been published since"
-        raise ValueError(f"Of {study} no '{loss} {seed}' is here, but: {', '.join(known)}; {pull}.")
+        raise ValueError(f"Of {study} no '{loss} {seed}' is here, but: {', '.join(sorted(known))}; {pull}.")
     if not record.is_file():
         raise FileNotFoundError(f"{record} is not here; `dvc pull published/{study}.dvc` fetches what is published.")
     said = json.loads(record.read_text())

@@ -130,9 +130,8 @@ def difference(ours: np.ndarray, theirs: np.ndarray, resampled_ours, resampled_t
 def holm(p: np.ndarray) -> np.ndarray:
     """p-values corrected for their number (Holm 1979): reject where at most 1 - LEVEL."""
     p = np.asarray(p, np.float64)
-    order, count = np.argsort(p, kind="stable"), len(p)
-    corrected = np.empty(count)
-    corrected[order] = np.maximum.accumulate(np.minimum(1, p[order] * np.arange(count, 0, -1)))
+    order, corrected = np.argsort(p, kind="stable"), np.empty(len(p))
+    corrected[order] = np.maximum.accumulate(np.minimum(1, p[order] * np.arange(len(p), 0, -1)))
     return corrected
 
 

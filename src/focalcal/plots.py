@@ -74,8 +74,9 @@ def label(loss: str) -> str:
 
 
 def among(losses, *names: str) -> list[str]:
-    """The names that are among the losses, in the order given; all losses if none is."""
-    return [name for name in names if name in losses] or list(losses)
+    """The names that are among the losses, in the order given, then those without a STYLE, a user's; all if none is."""
+    own = [loss for loss in losses if loss not in (*STYLE, *names)]
+    return [*(name for name in names if name in losses), *own] or list(losses)
 
 
 def curves(ax, table, milestones=(), settled: int = 0, spread=None, bright=(), **axis) -> None:
