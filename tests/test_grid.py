@@ -150,8 +150,8 @@ def test_a_stopped_grid_goes_on(copy):
         ),
         (["run", "--jobs", "0"], "--jobs must be 1 or more, got 0."),
         (["run", "--cluster", "slurm.yaml"], "--cluster says what to ask Slurm for; it goes with --executor slurm."),
-        (["status", "yesterday"], "There is no such grid; started here: none."),
-        (["cancel"], "There is no such grid; started here: none."),
+        (["status", "yesterday"], "No grid was started here."),
+        (["cancel"], "No grid was started here."),
     ],
 )
 def test_what_is_no_grid_is_refused_in_one_sentence(bare, handlers_kept, arguments, sentence):
