@@ -76,7 +76,7 @@ def started(copy):
     """`grid run` of the long training, stopped at the end if it still runs; what it prints can be read as text."""
     command = [*GRID, "run", "train@*focal3*"]
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, cwd=copy, env=environment(copy), text=True, **both) as head:
+    with subprocess.Popen(command, cwd=copy, env=environment(copy), text=True, start_new_session=True, **both) as head:
         try:
             yield head
         finally:
@@ -129,6 +129,13 @@ def test_a_stopped_grid_goes_on(copy):
 
         before = at_work(copy)
         assert len(before) == 1, "what it had saved is still there"
+        with started(copy) as head:  # `timeout make grid` and the like end a whole group, and tasks are told twice
+            until(lambda: at_work(copy) > before or head.poll() is not None)
+            os.killpg(head.pid, signal.SIGTERM)
+            assert "Stopped; what is done is kept" in head.communicate(timeout=DEADLINE)[0]
+        assert subprocess.run(["pgrep", "-f", "repro --single-item train@tiny-focal3-0"]).returncode == 1
+
+        before = at_work(copy)
         with started(copy) as head:
             until(lambda: at_work(copy) > before or head.poll() is not None)
             head.kill()

@@ -239,8 +239,9 @@ def run_local(grid: Grid, slots: int | None) -> dict[str, dict]:
     try:
         return follow(grid, start, every=0.5)
     except BaseException:
-        for job in running.values():
-            stop(job.job_id)
+        with stages.ignoring(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # one that comes now stops the same
+            for job in running.values():
+                stop(job.job_id)
         raise
     finally:
         while not all(job.done() for job in running.values()):

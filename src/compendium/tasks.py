@@ -49,6 +49,13 @@ def dvc(folder: Path, *arguments: str, **variables: str) -> str:
     return how
 
 
+def leave(*_) -> None:
+    """Answer a signal that ends this task; once, so that another one does not cut short what stops DVC."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(STOPPED)
+
+
 class Task(Checkpointable):
     """One stage, called on the machine that executes it; requeued as it is when Slurm wants the node back."""
 
@@ -67,7 +74,7 @@ class Task(Checkpointable):
         """
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, lambda *_: sys.exit(STOPPED))
+                signal.signal(number, leave)
         begun, repro = time.time(), ("--wait-for-lock", "repro", "--single-item", stage)
         shared = Path(self.variables["FOCALCAL_SCRATCH"]) / "grid" / "stages"
         shared.mkdir(parents=True, exist_ok=True)
