@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -36,6 +38,15 @@ def test_parameters_folders_and_equal_bytes(folder):
     text = (folder / "two.ipynb").read_text()
     assert "halfway" not in text and str(folder) not in text and "duration" not in text and "iopub" not in text
     assert sorted(path.name for path in folder.iterdir()) == ["a.ipynb", "deep", "dvc.yaml", "two.ipynb"]
+
+
+def test_numpy_sums_alike_on_every_machine_with_avx2(folder, monkeypatch):
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Prescott")
+    write(folder / "a.ipynb", "import numpy; from threadpoolctl import threadpool_info as f; print(f()[0])")
+    main(["notebook", "a.ipynb", "out.ipynb"])
+    (said,) = texts(folder / "out.ipynb")
+    avx2 = Path("/proc/cpuinfo").is_file() and " avx2 " in Path("/proc/cpuinfo").read_text()
+    assert "'num_threads': 1" in said and ("'architecture': 'Haswell'" in said or not avx2)
 
 
 def test_stripping_forgets_what_jupyterlab_writes(folder):
