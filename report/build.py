@@ -424,6 +424,9 @@ def answer(study: str) -> str:
     def with_interval(row):
         return f"{100 * row.value:.1f} % [{100 * row.low:.1f}, {100 * row.high:.1f}]"
 
+    averaged = pd.read_csv(paths.root() / "figures" / study / "10_evidence" / "ten-sets.csv").query("scaling == 'nll'")
+    more = (averaged.verdict != "not distinguishable").sum()
+    on_average = f", {more or 'none'} on average over several" if len(averaged) else ""
     differences = pd.read_csv(paths.root() / "figures" / study / "10_evidence" / "differences.csv")
     after = differences.query("metric == 'ece' and scaling == 'nll'").verdict
     real = (after != "not distinguishable").sum()
@@ -433,7 +436,7 @@ def answer(study: str) -> str:
         f"{with_interval(raw.loc[best])} ({plots.label(best)}) to {with_interval(raw.loc[worst])} "
         f"({plots.label(worst)}). After dividing the logits by one temperature (of lowest validation NLL), all lie "
         f"between {100 * scaled.value.min():.1f} and {100 * scaled.value.max():.1f} %, "
-        f"and {real or 'none'} of {len(after)} pairs of losses can be told apart."
+        f"and {real or 'none'} of {len(after)} pairs of losses can be told apart with one validation set{on_average}."
     )
 
 
